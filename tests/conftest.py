@@ -1,0 +1,108 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import os
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_spin import SPINConfig
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # every test makes what it needs; a lookup on the Hub is a fault
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = CHATML, eos_token: str = "<|im_end|>") -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer: one token per byte, and the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos_token, pad_token="<pad>")
+    special = ["<|im_start|>", "<|im_end|>", "<eos>", "<bos>", "<turn>", "</turn>", "<think>", "</think>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [t for t in special if t != eos_token]})
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def make_model(tokenizer, seed: int = 0, **config) -> LlamaForCausalLM:
+    """Random Llama of 2 layers, 32 wide."""
+    torch.manual_seed(seed)
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4} | config
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.2,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            **config,
+        )
+    )
+    return model.eval()
+
+
+def make_dataset(num_rows: int = 12) -> Dataset:
+    rows = [
+        [
+            {"role": "user", "content": f"Count to {i % 7 + 1}."},
+            {"role": "assistant", "content": " ".join(str(n + 1) for n in range(i % 7 + 1))},
+        ]
+        for i in range(num_rows)
+    ]
+    return Dataset.from_dict({"messages": rows})
+
+
+def make_args(output_dir, **kwargs) -> SPINConfig:
+    defaults = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 4,
+        "num_self_play_iterations": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "max_completion_length": 12,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return SPINConfig(**(defaults | kwargs))
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    return make_model(tokenizer)
+
+
+@pytest.fixture
+def dataset():
+    return make_dataset()

@@ -1,0 +1,365 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig
+
+
+# Options of `DPOConfig` and `TrainingArguments` that contradict self-play: name -> (the value that is accepted, reason).
+_FIXED_OPTIONS = {
+    "precompute_ref_log_probs": (
+        True,
+        "SPIN's reference is the policy itself at the start of each iteration: it is scored once, and no second model "
+        "is ever loaded",
+    ),
+    "sync_ref_model": (False, "the reference changes at the iteration boundary and nowhere else"),
+    "padding_free": (False, "DPOTrainer ignores it since TRL 1.0"),
+    "truncation_mode": ("keep_start", "rows that do not fit `max_length` are left out, never truncated"),
+    "auto_find_batch_size": (False, "it restarts the training loop in the middle of an iteration"),
+    "dataloader_persistent_workers": (False, "such workers would keep the opponent's answers of an earlier iteration"),
+    "eval_on_start": (False, "the game on the held-out prompts starts with the first iteration, not before it"),
+    "load_best_model_at_end": (
+        False,
+        "each iteration plays against another opponent, so its evaluation losses cannot be compared; each iteration's "
+        "model is kept in `output_dir/iteration-<t>`",
+    ),
+}
+
+
+@dataclass
+class SPINConfig(DPOConfig):
+    r"""
+    Configuration class for the [`SPINTrainer`].
+
+    This class includes only the parameters that are specific to SPIN training. For a full list of training arguments,
+    please refer to the [`~trl.DPOConfig`] and [`~transformers.TrainingArguments`] documentation. Note that default
+    values in this class may differ from those in these classes.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the game
+
+        num_self_play_iterations (`int`, *optional*, defaults to `3`):
+            Number of self-play iterations (T in the paper's Algorithm 1). At the start of each one the current model
+            becomes the opponent and the reference, and answers every prompt once.
+        num_train_epochs (`list[float]`, *optional*, defaults to `[2]`):
+            Passes over the prompts per iteration, a whole number; a list gives one value per iteration and its last
+            value holds on.
+        learning_rate (`list[float]`, *optional*, defaults to `[5e-7]`):
+            Peak learning rate of an iteration; a list gives one value per iteration and its last value holds on. The
+            schedule, warm-up included, restarts at each iteration.
+        beta (`list[float]`, *optional*, defaults to `[0.1]`):
+            λ of the SPIN paper (Equation 4.7). Higher λ means a smaller step away from the opponent. A list gives one
+            value per iteration and its last value holds on.
+        opponent_history (`int`, *optional*, defaults to `0`):
+            Number h of earlier opponents whose answers are kept. With h > 0, the prompts take turns, from one pass to
+            the next, with the answers of the newest opponent and of the h before it, all scored under the current
+            reference: K opponents need K passes to play every pair once.
+        reset_optimizer_state (`bool`, *optional*, defaults to `True`):
+            Whether to reset the optimizer's state at each iteration, as separate runs would.
+        initial_loss_tolerance (`float`, *optional*):
+            Largest |λ·log-ratio|, averaged over the first batch of an iteration, that passes as zero. At that point
+            the policy is the reference, so the log-ratios are 0 and the loss is ℓ(0) (log 2 for the logistic loss);
+            anything else means a wrong reference, and the run stops. Defaults to `1e-3` in float32 and to `0.1` in
+            mixed or half precision.
+
+        > Parameters that control the data preprocessing
+
+        messages_column (`str`, *optional*):
+            Column that holds the conversations, if it is not called `"messages"`.
+        prompt_column (`str`, *optional*):
+            Column that holds the prompts, if it is not called `"prompt"`. Needs `completion_column`.
+        completion_column (`str`, *optional*):
+            Column that holds the real answers, if it is not called `"completion"`. Needs `prompt_column`.
+        first_turn_only (`bool`, *optional*, defaults to `False`):
+            Whether to cut conversations after their first answer, as the paper does. Otherwise the last assistant turn
+            is the real answer and everything before it is the prompt.
+        max_prompts (`int`, *optional*):
+            If set, play on a random subset of this many training rows, drawn with `seed`.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Additional keyword arguments for the chat template, for generation and training alike. A
+            `chat_template_kwargs` column in the dataset goes before.
+
+        > Parameters that control generation
+
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Maximum number of tokens of a generated answer.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature for sampling. The theory needs `1.0`, the opponent's own distribution. `0.0` decodes greedily.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Cumulative probability of the most probable tokens to consider. `1.0` considers all tokens.
+        top_k (`int`, *optional*, defaults to `0`):
+            Number of highest probability vocabulary tokens to consider. `0` considers all tokens.
+        min_p (`float`, *optional*):
+            Minimum token probability, scaled by the probability of the most likely token.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`):
+            Penalty for tokens that appeared in the prompt and the answer so far. `1.0` means no penalty.
+        generation_kwargs (`dict[str, Any]`, *optional*):
+            Additional keyword arguments for [`~transformers.GenerationConfig`], such as `suppress_tokens`.
+        cache_implementation (`str`, *optional*):
+            Implementation of the cache used by `generate`.
+        generation_token_budget (`int`, *optional*, defaults to `16384`):
+            Size of a generation batch on each device: number of answers times the longest prompt plus
+            `max_completion_length`. Lower it if generation runs out of memory. The answers do not depend on it, up to
+            the rounding of the log-probs.
+        ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
+            Whether to gather the weights for generation under DeepSpeed ZeRO-3: faster, but they must fit one device.
+        truncated_completions (`str`, *optional*, defaults to `"keep"`):
+            What to do with pairs whose generated answer was cut at `max_completion_length` or `max_length`. `"keep"`
+            leaves the generated answer open, without an end token; `"drop"` leaves the pair out; `"cut_real"` cuts the
+            real answer to the same length, so that length alone does not tell the two apart.
+        play_empty_completions (`bool`, *optional*, defaults to `False`):
+            Whether pairs with an empty generated answer take part. They are counted in either case.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.DPOConfig`]:
+    > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`.
+    > - `num_train_epochs`: Defaults to `2` instead of `3`, and counts passes per iteration.
+    > - `precompute_ref_log_probs`: `True`, the only value that SPIN accepts.
+    """
+
+    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["chat_template_kwargs", "generation_kwargs"]
+
+    # Parameters whose default values are overridden from DPOConfig
+    learning_rate: list[float] = field(
+        default_factory=lambda: [5e-7],
+        metadata={
+            "help": "Peak learning rate of an iteration; a list gives one value per iteration and its last value holds "
+            "on. The schedule, warm-up included, restarts at each iteration."
+        },
+    )
+    num_train_epochs: list[float] = field(
+        default_factory=lambda: [2],
+        metadata={
+            "help": "Passes over the prompts per iteration, a whole number; a list gives one value per iteration and "
+            "its last value holds on."
+        },
+    )
+    beta: list[float] = field(
+        default_factory=lambda: [0.1],
+        metadata={
+            "help": "λ of the SPIN paper (Equation 4.7). Higher λ means a smaller step away from the opponent. A list "
+            "gives one value per iteration and its last value holds on."
+        },
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={"help": "Always `True`: SPIN scores the reference once per iteration, with the policy itself."},
+    )
+
+    # Parameters that control the game
+    num_self_play_iterations: int = field(
+        default=3,
+        metadata={
+            "help": "Number of self-play iterations (T in the paper's Algorithm 1). At the start of each one the "
+            "current model becomes the opponent and the reference, and answers every prompt once."
+        },
+    )
+    opponent_history: int = field(
+        default=0,
+        metadata={
+            "help": "Number h of earlier opponents whose answers are kept. With h > 0, the prompts take turns, from "
+            "one pass to the next, with the answers of the newest opponent and of the h before it, all scored under "
+            "the current reference: K opponents need K passes to play every pair once."
+        },
+    )
+    reset_optimizer_state: bool = field(
+        default=True,
+        metadata={"help": "Whether to reset the optimizer's state at each iteration, as separate runs would."},
+    )
+    initial_loss_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest |λ·log-ratio|, averaged over the first batch of an iteration, that passes as zero. At "
+            "that point the policy is the reference, so the log-ratios are 0 and the loss is ℓ(0) (log 2 for the "
+            "logistic loss); anything else means a wrong reference, and the run stops. Defaults to `1e-3` in float32 "
+            "and to `0.1` in mixed or half precision."
+        },
+    )
+
+    # Parameters that control the data preprocessing
+    messages_column: str | None = field(
+        default=None, metadata={"help": 'Column that holds the conversations, if it is not called `"messages"`.'}
+    )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": 'Column that holds the prompts, if it is not called `"prompt"`. Needs `completion_column`.'},
+    )
+    completion_column: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Column that holds the real answers, if it is not called `"completion"`. Needs `prompt_column`.'
+        },
+    )
+    first_turn_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to cut conversations after their first answer, as the paper does. Otherwise the last "
+            "assistant turn is the real answer and everything before it is the prompt."
+        },
+    )
+    max_prompts: int | None = field(
+        default=None,
+        metadata={"help": "If set, play on a random subset of this many training rows, drawn with `seed`."},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Additional keyword arguments for the chat template, for generation and training alike. A "
+            "`chat_template_kwargs` column in the dataset goes before."
+        },
+    )
+
+    # Parameters that control generation
+    max_completion_length: int = field(
+        default=512, metadata={"help": "Maximum number of tokens of a generated answer."}
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature for sampling. The theory needs `1.0`, the opponent's own distribution. `0.0` decodes "
+            "greedily."
+        },
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "help": "Cumulative probability of the most probable tokens to consider. `1.0` considers all tokens."
+        },
+    )
+    top_k: int = field(
+        default=0,
+        metadata={"help": "Number of highest probability vocabulary tokens to consider. `0` considers all tokens."},
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata={"help": "Minimum token probability, scaled by the probability of the most likely token."},
+    )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata={
+            "help": "Penalty for tokens that appeared in the prompt and the answer so far. `1.0` means no penalty."
+        },
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Additional keyword arguments for `GenerationConfig`, such as `suppress_tokens`."},
+    )
+    cache_implementation: str | None = field(
+        default=None, metadata={"help": "Implementation of the cache used by `generate`."}
+    )
+    generation_token_budget: int = field(
+        default=16384,
+        metadata={
+            "help": "Size of a generation batch on each device: number of answers times the longest prompt plus "
+            "`max_completion_length`. Lower it if generation runs out of memory. The answers do not depend on it, up "
+            "to the rounding of the log-probs."
+        },
+    )
+    ds3_gather_for_generation: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to gather the weights for generation under DeepSpeed ZeRO-3: faster, but they must fit "
+            "one device."
+        },
+    )
+    truncated_completions: str = field(
+        default="keep",
+        metadata={
+            "help": "What to do with pairs whose generated answer was cut at `max_completion_length` or `max_length`. "
+            '`"keep"` leaves the generated answer open, without an end token; `"drop"` leaves the pair out; '
+            '`"cut_real"` cuts the real answer to the same length, so that length alone does not tell the two apart.',
+            "choices": ["keep", "drop", "cut_real"],
+        },
+    )
+    play_empty_completions: bool = field(
+        default=False,
+        metadata={"help": "Whether pairs with an empty generated answer take part. They are counted in either case."},
+    )
+
+    def __post_init__(self):
+        if self.num_self_play_iterations < 1:
+            raise ValueError(
+                f"`num_self_play_iterations` must be at least 1, got {self.num_self_play_iterations}. For plain "
+                "supervised fine-tuning, use `trl.SFTTrainer`."
+            )
+        for name in ("learning_rate", "num_train_epochs", "beta"):
+            setattr(self, name, self._as_schedule(name))
+
+        # The parent class fills a DeepSpeed config with the learning rate, which must be a number there.
+        learning_rate, self.learning_rate = self.learning_rate, self.per_iteration("learning_rate")[0]
+        super().__post_init__()
+        self.learning_rate = learning_rate
+
+        for name, (accepted, reason) in _FIXED_OPTIONS.items():
+            if getattr(self, name) != accepted:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` contradicts self-play: {reason}. Leave it unset.")
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError(
+                f"`prompt_column` ({self.prompt_column!r}) and `completion_column` ({self.completion_column!r}) go "
+                "together: set both, or use `messages_column` for conversations."
+            )
+        if self.messages_column is not None and self.prompt_column is not None:
+            raise ValueError(
+                f"`messages_column` ({self.messages_column!r}) and `prompt_column` ({self.prompt_column!r}) name two "
+                "sources for the same rows: set one of them."
+            )
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` must be 0 (greedy) or positive, got {self.temperature}.")
+        for name in ("max_completion_length", "generation_token_budget"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.opponent_history < 0:
+            raise ValueError(f"`opponent_history` must be 0 (plain SPIN) or more, got {self.opponent_history}.")
+        if self.truncated_completions not in ("keep", "drop", "cut_real"):
+            raise ValueError(
+                f"`truncated_completions` must be 'keep', 'drop' or 'cut_real', got {self.truncated_completions!r}."
+            )
+
+    def _as_schedule(self, name: str) -> float | list[float]:
+        value = getattr(self, name)
+        values = [float(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+        if not 1 <= len(values) <= self.num_self_play_iterations:
+            raise ValueError(
+                f"`{name}` has {len(values)} values, {values}, for `num_self_play_iterations="
+                f"{self.num_self_play_iterations}`. Give one value, or at most one per iteration."
+            )
+        if name == "num_train_epochs":
+            if any(v < 1 or v != int(v) for v in values):
+                raise ValueError(
+                    f"`num_train_epochs` counts whole passes over the prompts per iteration, got {values}."
+                )
+            values = [int(v) for v in values]
+        # A single value stays a plain number, which is what the rest of transformers expects.
+        return values[0] if len(values) == 1 else values
+
+    def per_iteration(self, name: str) -> list[float]:
+        """
+        Values of `learning_rate`, `num_train_epochs` or `beta`, one per self-play iteration.
+
+        Args:
+            name (`str`):
+                Name of the option.
+
+        Returns:
+            `list[float]`: `num_self_play_iterations` values; the last value given holds on.
+        """
+        value = getattr(self, name)
+        values = value if isinstance(value, list) else [value]
+        return values + values[-1:] * (self.num_self_play_iterations - len(values))

@@ -1,0 +1,429 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import copy
+import math
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from bitsandbytes.nn import Linear4bit
+from datasets import Dataset, DatasetDict, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from trl import DPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from .callbacks import SelfPlayCallback
+from .data import find_end_token_ids, prepare_dataset
+from .game import GameDataset
+from .model_card import add_self_play_section, read_records
+from .spin_config import SPINConfig
+
+
+logger = get_logger(__name__)
+
+# ℓ(0) of the losses that depend on a pair through its margin alone. For these, a pair of equal answers has zero
+# gradient and need not go through the model.
+_MARGIN_LOSS_AT_ZERO = {"sigmoid": math.log(2), "hinge": 1.0}
+
+_CARD_SETTINGS = (
+    "loss_type",
+    "opponent_history",
+    "optim",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "truncated_completions",
+    "seed",
+)
+
+
+class SPINTrainer(DPOTrainer):
+    r"""
+    Trainer for Self-Play Fine-Tuning (SPIN), from [Self-Play Fine-Tuning Converts Weak Language Models to Strong
+    Language Models](https://huggingface.co/papers/2401.01335).
+
+    The only changes w.r.t. [`~trl.DPOTrainer`] are: it takes SFT data and the model itself generates the other side of
+    each pair; `train()` plays `num_self_play_iterations` iterations, each against the model that the last one left; the
+    reference is that same model, scored once per iteration, so there is no second model in memory; and learning rate,
+    its schedule, λ (`beta`) and the number of passes belong to the iteration. With the logistic loss (`"sigmoid"`, the
+    default), iteration t minimizes Equation 4.7 of the paper:
+
+    $$ L(\theta) = \mathbb{E}\left[\ell\left(\lambda \log \frac{p_\theta(y|x)}{p_{\theta_t}(y|x)} - \lambda \log
+    \frac{p_\theta(y'|x)}{p_{\theta_t}(y'|x)}\right)\right], \quad y' \sim p_{\theta_t}(\cdot|x) $$
+
+    The iterations themselves are the work of the [`SelfPlayCallback`], which the trainer attaches itself.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_spin import SPINTrainer
+
+    dataset = load_dataset("HuggingFaceH4/ultrachat_200k", split="train_sft")
+
+    trainer = SPINTrainer("alignment-handbook/zephyr-7b-sft-full", train_dataset=dataset)
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, which must have been fine-tuned on the data already: a name on the Hub, a path, or a
+            model. Loaded as [`~trl.DPOTrainer`] loads it.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Must be `None`: the reference of SPIN is the model itself at the start of each iteration.
+        args ([`SPINConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            See [`~trl.DPOTrainer`].
+        train_dataset ([`~datasets.Dataset`]):
+            SFT data: `messages`; `prompt` and `completion`, as text or messages; preferences, of which `chosen` is
+            used; `real` answers as in the official SPIN data; or ShareGPT `conversations`.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Held-out data in the same formats. The same game is played on it: it is answered at the start and evaluated
+            at the end of every iteration.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            See [`~trl.DPOTrainer`].
+        compute_metrics (`Callable`, *optional*):
+            See [`~trl.DPOTrainer`].
+        callbacks (`list[TrainerCallback]`, *optional*):
+            See [`~trl.DPOTrainer`].
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            See [`~trl.DPOTrainer`]. A scheduler passed here spans the whole run.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            See [`~trl.DPOTrainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            See [`~trl.DPOTrainer`]. Opponent and reference of iteration t are the model with its adapter of that time.
+    """
+
+    _tag_names = ["trl", "spin"]
+    _name = "SPIN"
+    _paper = {
+        "title": "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models",
+        "id": "2401.01335",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{chen2024selfplay,
+                title        = {{Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models}},
+                author       = {Zixiang Chen and Yihe Deng and Huizhuo Yuan and Kaixuan Ji and Quanquan Gu},
+                year         = 2024,
+                booktitle    = {Forty-first International Conference on Machine Learning, ICML 2024, Vienna, Austria, July 21-27, 2024},
+                eprint       = {2401.01335}
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: SPINConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        if ref_model is not None:
+            raise ValueError(
+                "SPIN takes no `ref_model`: the reference of each iteration is the model itself at its start, which is "
+                "also the opponent that generates the answers. To train against a fixed reference, use "
+                "`trl.DPOTrainer`."
+            )
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        if args is None:
+            args = SPINConfig(f"{model_id.split('/')[-1]}-SPIN")
+        elif not isinstance(args, SPINConfig):
+            raise TypeError(f"`args` must be a `SPINConfig`, got {type(args).__name__}.")
+        if optimizers[1] is not None and isinstance(args.learning_rate, list):
+            raise ValueError(
+                f"`learning_rate={args.learning_rate}` sets a peak per iteration, but `optimizers` brings a scheduler "
+                "of its own, which spans the whole run. Give one of the two."
+            )
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required: the SFT data whose answers the model learns to prefer.")
+        eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        for name, dataset in {"train": train_dataset, **eval_datasets}.items():
+            _check_dataset(dataset, name)
+        # Kept for the model card: what a saved iteration goes back to
+        self.base_model_id = model_id
+        self.base_model_revision = (args.model_init_kwargs or {}).get("revision")
+        self.dataset_name = train_dataset.info.dataset_name
+        self.left_out: dict[str, dict[str, int]] = {}
+        self.games: dict[str, GameDataset] = {}
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+
+        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
+            # DPOTrainer copies a given adapter for use as a fixed reference
+            self.model.delete_adapter("ref")
+        for module in self.model.modules():
+            # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first forward pass
+            # in evaluation mode, and no gradient flows through them from then on: after generation, nothing would train
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+        if args.disable_dropout:
+            # TRL zeroes the `nn.Dropout` modules only, attention modules keep their rate in an attribute
+            for module in self.model.modules():
+                if isinstance(getattr(module, "attention_dropout", None), float):
+                    module.attention_dropout = 0.0
+        self.self_play_iteration = 0
+        self._skip_unplayed = set(self.loss_types) <= _MARGIN_LOSS_AT_ZERO.keys() and not self.use_weighting
+        self._check_next_loss = False
+        self._real_nll = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # summed log-probs and tokens of the real answers
+        self.add_callback(SelfPlayCallback(self))
+
+    # ---- Data ----
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        # Too early: the model, whose end tokens are needed, is not there yet. See `_precompute_ref_logps`.
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> GameDataset:
+        # The last thing that DPOTrainer does with a dataset. There is nothing to score before the opponent has
+        # answered, so this is where SFT rows become the prompts and real answers of a game.
+        if not self.games:
+            eos_token_ids = self.model.generation_config.eos_token_id
+            eos_token_ids = eos_token_ids if isinstance(eos_token_ids, list) else [eos_token_ids]
+            self.end_token_ids = find_end_token_ids(
+                dataset, name, self._tokenizer, self.args, [i for i in eos_token_ids if i is not None]
+            )
+            context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            lengths = [length for length in (self.args.max_length, context) if length is not None]
+            self.max_length = min(lengths) if lengths else None
+        if name == "train" and self.args.max_prompts is not None and self.args.max_prompts < len(dataset):
+            dataset = dataset.shuffle(seed=self.args.seed).select(range(self.args.max_prompts))
+        with self.args.main_process_first(desc=f"Tokenizing {name} dataset"):
+            rows, left_out = prepare_dataset(
+                dataset, name, self._tokenizer, self.args, self.end_token_ids, self.max_length
+            )
+        self.left_out[name] = dict(left_out)
+        self.games[name] = GameDataset(name, rows)
+        return self.games[name]
+
+    # ---- Schedule: iterations are made of whole epochs ----
+
+    def set_initial_training_values(self, args, dataloader):
+        # `num_train_epochs` counts passes per iteration, the Trainer counts all of them
+        total = copy.copy(args)
+        total.num_train_epochs = sum(args.per_iteration("num_train_epochs"))
+        total.max_steps = -1
+        values = list(super().set_initial_training_values(total, dataloader))
+        self.steps_per_epoch = values[1]
+        if args.max_steps > 0:
+            values[-1] = min(args.max_steps, values[-1])
+            values[0] = math.ceil(values[-1] / self.steps_per_epoch)
+        return tuple(values)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        first = copy.copy(args)
+        first.learning_rate = args.per_iteration("learning_rate")[0]
+        return DPOTrainer.get_optimizer_cls_and_kwargs(first, model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        # One schedule per iteration, put one behind the other: a function of the global step and of nothing else, so
+        # that a resumed run needs no state
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        learning_rates = self.args.per_iteration("learning_rate")
+        factors = []
+        for learning_rate, num_epochs in zip(learning_rates, self.args.per_iteration("num_train_epochs"), strict=True):
+            placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=learning_rate)
+            schedule = super().create_scheduler(num_epochs * self.steps_per_epoch, placeholder)
+            self.lr_scheduler = None
+            if not isinstance(schedule, LambdaLR):
+                raise ValueError(
+                    f"`lr_scheduler_type={self.args.lr_scheduler_type!r}` depends on more than the step, so it cannot "
+                    "restart at each iteration. Use 'linear', 'cosine' or another schedule of the step."
+                )
+            scale = learning_rate / learning_rates[0]
+            factors += [scale * schedule.lr_lambdas[0](step) for step in range(num_epochs * self.steps_per_epoch)]
+        optimizer = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = LambdaLR(optimizer, lambda step: factors[min(step, len(factors) - 1)])
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def begin_iteration(self, iteration: int):
+        """
+        Takes over the settings of an iteration. Its game has been dealt.
+
+        Args:
+            iteration (`int`):
+                Self-play iteration.
+        """
+        self.self_play_iteration = iteration
+        self.beta = self.args.per_iteration("beta")[iteration]
+        first_step = sum(self.args.per_iteration("num_train_epochs")[:iteration]) * self.steps_per_epoch
+        self._check_next_loss = self.state.global_step == first_step
+
+    # ---- Loss and metrics ----
+
+    def compute_ref_log_probs(self, model, inputs):
+        """
+        Summed log-probs of real and generated answers under the reference: the model as it stands, adapter included.
+
+        DPOTrainer's method would disable the adapter and score with the model of iteration 0.
+        """
+        model_kwargs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        with torch.no_grad(), self.accelerator.autocast():
+            outputs = model(**model_kwargs, labels=labels, use_cache=False, fused_lm_head=True)
+        # Prompt-learning PEFT prepends virtual tokens to the outputs
+        per_token_logps = outputs.log_probs[:, -(labels.size(1) - 1) :]
+        return per_token_logps.sum(dim=1).chunk(2, dim=0)
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        mode = "train" if self.model.training else "eval"
+        inputs, share = self._drop_unplayed(inputs) if mode == "train" and self._skip_unplayed else (inputs, 1.0)
+        result = super()._compute_loss(model, inputs, return_outputs)
+        if share < 1:
+            # Same mean over the whole batch, and same gradient, as if the unplayed pairs had gone through the model
+            at_zero = sum(
+                w * _MARGIN_LOSS_AT_ZERO[loss_type]
+                for loss_type, w in zip(self.loss_types, self.loss_weights, strict=True)
+            )
+            loss, outputs = result if return_outputs else (result, None)
+            loss = share * loss + (1 - share) * at_zero
+            result = (loss, outputs) if return_outputs else loss
+
+        metrics = self._metrics[mode]
+        num_tokens = inputs["completion_mask"].chunk(2, dim=0)[0].sum(dim=1)
+        num_tokens = self.accelerator.gather(num_tokens)
+        self._real_nll[mode][0] -= metrics["logps/chosen"][-1] * len(num_tokens)
+        self._real_nll[mode][1] += num_tokens.sum().item()
+        if mode == "train" and self._check_next_loss:
+            self._check_initial_loss(metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1])
+            self._check_next_loss = False
+        return result
+
+    def _drop_unplayed(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """Leaves out pairs of two equal answers, which have zero gradient, and tells which share of the pairs stays."""
+        (real, generated), (real_mask, generated_mask) = (
+            inputs[key].chunk(2, dim=0) for key in ("input_ids", "completion_mask")
+        )
+        played = ((real != generated) | (real_mask != generated_mask)).any(dim=1)
+        # At least one pair, so that the backward pass runs, and as many on all processes, which gather their metrics
+        keep = max(1, int(self.accelerator.gather(played.sum()).max()))
+        if keep == len(played):
+            return inputs, 1.0
+        rows = played.long().argsort(descending=True, stable=True)[:keep]
+        both = torch.cat([rows, rows + len(played)])
+        kept = {key: value[rows if key.startswith("ref_") else both] for key, value in inputs.items()}
+        return kept, keep / len(played)
+
+    def _check_initial_loss(self, real: float, generated: float):
+        """At the first step of an iteration the policy is the reference: the log-ratios are 0 and the loss is ℓ(0)."""
+        tolerance = self.args.initial_loss_tolerance
+        if tolerance is None:
+            exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
+            tolerance = 1e-3 if exact else 0.1
+        if not max(abs(real), abs(generated)) <= tolerance:
+            raise ValueError(
+                f"Iteration {self.self_play_iteration} does not start at ℓ(0) ({math.log(2):.4f} for the logistic "
+                "loss): the model that is trained is the reference at this point, so λ·log(p_θ/p_ref) must be 0 to a "
+                f"tolerance of {tolerance}, but it is {real:.4f} for the real and {generated:.4f} for the generated "
+                "answers. The stored reference log-probs do not belong to this model in training. Usual causes: "
+                "dropout that is on in training (`disable_dropout=False`), a `data_collator` that changes the "
+                "sequences, a callback that changed the weights, or rounding in half precision with a large λ "
+                "(`beta`), for which `initial_loss_tolerance` can be raised."
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # SPIN's names for the two sides. DPOTrainer averages what it finds and adds the prefix for evaluation.
+        mode = "train" if self.model.training else "eval"
+        renamed = defaultdict(list)
+        for key, values in self._metrics[mode].items():
+            renamed[key.replace("chosen", "real").replace("rejected", "generated")] = values
+        negative_logps, num_tokens = self._real_nll[mode]
+        if num_tokens:
+            renamed["nll/real"] = [negative_logps / num_tokens]
+        self._metrics[mode] = renamed
+        self._real_nll[mode] = [0.0, 0.0]
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, GameDataset)):
+            raise ValueError(
+                "`evaluate` takes no dataset: held-out prompts must be answered by the opponent at the start of an "
+                "iteration. Pass it as `eval_dataset` when you create the trainer."
+            )
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    # ---- Model card ----
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name, dataset_name or self.dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        num_prompts = len(self.games["train"])
+        left_out = sum(self.left_out["train"].values())
+        path = Path(self.args.output_dir) / "README.md"
+        card = add_self_play_section(
+            path.read_text(),
+            records=read_records(self.args.output_dir, self.args.num_self_play_iterations),
+            base_model=self.base_model_id,
+            revision=self.base_model_revision,
+            data=f"`{self.dataset_name or 'local data'}`, {num_prompts} prompts ({left_out} rows left out)",
+            settings={name: value for name, value in self.args.to_dict().items() if name in _CARD_SETTINGS},
+            model_name=model_name,
+        )
+        path.write_text(card)
+
+
+def _check_dataset(dataset: Any, name: str):
+    if dataset is None and name == "eval":
+        return
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"The {name} dataset is streamed (`IterableDataset`). Self-play answers every prompt before it trains on "
+            "it and needs to know how many there are: load it with `streaming=False`."
+        )
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"The {name} dataset must be a `datasets.Dataset`, got {type(dataset).__name__}.")
+    if len(dataset) == 0:
+        raise ValueError(f"The {name} dataset is empty.")
