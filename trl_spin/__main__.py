@@ -112,6 +112,7 @@ def run(script_args, training_args, model_args, dataset_args):
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    trainer.dataset_name = script_args.dataset_name or ", ".join(part.path for part in dataset_args.datasets)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     trainer.save_model(training_args.output_dir)

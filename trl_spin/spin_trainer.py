@@ -175,12 +175,14 @@ class SPINTrainer(DPOTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: the SFT data whose answers the model learns to prefer.")
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        if "train" in eval_datasets:
+            raise ValueError("An evaluation dataset cannot be called 'train'. Rename it in `eval_dataset`.")
         for name, dataset in {"train": train_dataset, **eval_datasets}.items():
             _check_dataset(dataset, name)
         # Kept for the model card: what a saved iteration goes back to
         self.base_model_id = model_id
         self.base_model_revision = (args.model_init_kwargs or {}).get("revision")
-        self.dataset_name = train_dataset.info.dataset_name
+        self.dataset_name = train_dataset.info.dataset_name or "a local dataset"
         self.left_out: dict[str, dict[str, int]] = {}
         self.games: dict[str, GameDataset] = {}
 
@@ -374,14 +376,17 @@ class SPINTrainer(DPOTrainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # SPIN's names for the two sides. DPOTrainer averages what it finds and adds the prefix for evaluation.
+        # SPIN's names for the two sides. DPOTrainer averages what it finds and puts "eval_" in front for evaluation, also
+        # where there are several datasets, "eval_a" and "eval_b" (trl 1.16)
         mode = "train" if self.model.training else "eval"
+        losses = [key for key in logs if mode == "eval" and key.startswith("eval_") and key.endswith("_loss")]
+        dataset = losses[0].removeprefix("eval_").removesuffix("loss") if losses else ""
         renamed = defaultdict(list)
         for key, values in self._metrics[mode].items():
-            renamed[key.replace("chosen", "real").replace("rejected", "generated")] = values
+            renamed[dataset + key.replace("chosen", "real").replace("rejected", "generated")] = values
         negative_logps, num_tokens = self._real_nll[mode]
         if num_tokens:
-            renamed["nll/real"] = [negative_logps / num_tokens]
+            renamed[f"{dataset}nll/real"] = [negative_logps / num_tokens]
         self._metrics[mode] = renamed
         self._real_nll[mode] = [0.0, 0.0]
         super().log(logs, start_time)
@@ -397,7 +402,7 @@ class SPINTrainer(DPOTrainer):
     # ---- Model card ----
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        super().create_model_card(model_name, dataset_name or self.dataset_name, tags)
+        super().create_model_card(model_name, dataset_name, tags)
         if not self.is_world_process_zero():
             return
         num_prompts = len(self.games["train"])
@@ -408,7 +413,7 @@ class SPINTrainer(DPOTrainer):
             records=read_records(self.args.output_dir, self.args.num_self_play_iterations),
             base_model=self.base_model_id,
             revision=self.base_model_revision,
-            data=f"`{self.dataset_name or 'local data'}`, {num_prompts} prompts ({left_out} rows left out)",
+            data=f"`{self.dataset_name}`, {num_prompts} prompts ({left_out} rows left out)",
             settings={name: value for name, value in self.args.to_dict().items() if name in _CARD_SETTINGS},
             model_name=model_name,
         )

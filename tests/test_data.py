@@ -1,0 +1,202 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import pytest
+from conftest import CHATML, make_args, make_dataset, make_model, make_tokenizer
+from datasets import Dataset
+
+from trl_spin import SPINTrainer
+from trl_spin.data import find_end_token_ids, prepare_dataset
+
+
+# Templates of different shapes. "</s>"-like tokens here are `<turn>`, `</turn>`, `<eos>`.
+SYSTEM_IN_FIRST_TURN = (  # as Gemma and Llama 2
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{% for m in messages %}<turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ system if loop.first else '' }}{{ m['content'] | trim }}</turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+NO_GENERATION_PROMPT = "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }}<eos>\n{% endfor %}"
+EMPTY_THINKING = (  # as Gemma 4: the generation prompt ends with a block that is not written before an answer
+    "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}</turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\n<think></think>{% endif %}"
+)
+THINKING_IN_ANSWER = (  # as Qwen 3: the block belongs to the answer
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {  # name: (template, eos token, how an answer "Blue." is trained on)
+    "chatml": (CHATML, "<|im_end|>", "Blue.<|im_end|>"),
+    "end_token_is_not_eos": (CHATML, "<eos>", "Blue.<|im_end|>"),
+    "system_in_first_turn": (SYSTEM_IN_FIRST_TURN, "<eos>", "Blue.</turn>"),
+    "no_generation_prompt": (NO_GENERATION_PROMPT, "<eos>", "ASSISTANT: Blue.<eos>"),
+    "empty_thinking": (EMPTY_THINKING, "</turn>", "Blue.</turn>"),
+    "thinking_in_answer": (THINKING_IN_ANSWER, "<|im_end|>", "<think>\n\n</think>\n\nBlue.<|im_end|>"),
+}
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Sky?"}
+ASSISTANT = {"role": "assistant", "content": "Blue."}
+
+
+def prepare(dataset, tokenizer, max_length=512, **kwargs):
+    dataset = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
+    args = make_args("unused", **kwargs)
+    end_token_ids = find_end_token_ids(dataset, "train", tokenizer, args, [])
+    return prepare_dataset(dataset, "train", tokenizer, args, end_token_ids, max_length)
+
+
+def decode(tokenizer, row):
+    return tuple(tokenizer.decode(row[column]) for column in ("prompt_ids", "real_ids"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ASSISTANT]},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "Red."}]},
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, {"role": "assistant", "content": "Red."}]},
+        {"real": [USER, ASSISTANT], "generated": [USER, {"role": "assistant", "content": "Red."}]},
+        {"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Blue."}]},
+        {"prompt": "ignored", "prompt_id": "1", "messages": [USER, ASSISTANT]},  # UltraChat
+        {"messages": [USER, ASSISTANT, USER]},  # what follows the last answer is not needed
+    ],
+    ids=["messages", "pair", "preference", "implicit preference", "official", "sharegpt", "ultrachat", "open end"],
+)
+def test_conversational_formats_give_the_same_game(tokenizer, row):
+    prepared, left_out = prepare([row], tokenizer)
+    expected = "<|im_start|>user\nSky?<|im_end|>\n<|im_start|>assistant\n", "Blue.<|im_end|>"
+    assert decode(tokenizer, prepared[0]) == expected
+    assert not left_out
+
+
+@pytest.mark.parametrize(
+    ("row", "kwargs"),
+    [
+        ({"prompt": "Sky? ", "completion": "Blue."}, {}),
+        ({"prompt": "Sky? ", "chosen": "Blue.", "rejected": "Red."}, {}),
+        ({"chosen": "Sky? Blue.", "rejected": "Sky? Red."}, {}),
+        ({"question": "Sky? ", "answer": "Blue."}, {"prompt_column": "question", "completion_column": "answer"}),
+    ],
+    ids=["pair", "preference", "implicit preference", "named columns"],
+)
+def test_text_formats_give_the_same_game(tokenizer, row, kwargs):
+    prepared, _ = prepare([row], tokenizer, **kwargs)
+    assert "".join(decode(tokenizer, prepared[0])) == "Sky? Blue.<|im_end|>"
+    assert decode(tokenizer, prepared[0])[1].strip() == "Blue.<|im_end|>"
+
+
+def test_system_prompt_tools_earlier_turns_and_template_kwargs_stay_in_the_prompt():
+    template = "{{ style }}{% if tools %}{{ tools[0]['name'] }}{% endif %}" + CHATML
+    tokenizer = make_tokenizer(template)
+    messages = [SYSTEM, USER, {"role": "assistant", "content": "What?"}, USER, ASSISTANT]
+    row = {"messages": messages, "tools": '[{"name": "look"}]', "chat_template_kwargs": {"style": "row:"}}
+    prepared, _ = prepare([row], tokenizer, chat_template_kwargs={"style": "config:"})
+    prompt, real = decode(tokenizer, prepared[0])
+    assert prompt.startswith("row:look<|im_start|>system\nBe brief.") and "What?" in prompt
+    assert real == "Blue.<|im_end|>"
+    prepared, _ = prepare([{"messages": messages}], tokenizer, chat_template_kwargs={"style": "config:"})
+    assert decode(tokenizer, prepared[0])[0].startswith("config:<|im_start|>")
+    prepared, _ = prepare([{"messages": messages}], tokenizer, first_turn_only=True)
+    assert decode(tokenizer, prepared[0])[1] == "What?<|im_end|>"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_generation_and_training_see_the_same_prompt_and_one_end_token(name, tmp_path):
+    template, eos_token, expected = TEMPLATES[name]
+    tokenizer = make_tokenizer(template, eos_token)
+    dataset = Dataset.from_list([{"messages": [SYSTEM, USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]}] * 2)
+    trainer = SPINTrainer(
+        make_model(tokenizer),
+        args=make_args(tmp_path, num_self_play_iterations=1),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    for pair in trainer.games["train"].pairs[0]:
+        messages = dataset[pair["row"]]["messages"]
+        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+        # `prompt_ids` of a pair is what `generate` returned before the answer, `rows` is what is trained on
+        assert pair["prompt_ids"] == prompt
+        assert tokenizer.decode(pair["real_ids"]) == expected
+        ends = [token for token in pair["generated_ids"] if token in trainer.end_token_ids]
+        assert ends == ([] if pair["truncated"] else pair["generated_ids"][-1:])
+        assert sum(token in trainer.end_token_ids for token in pair["real_ids"]) == 1
+    item = trainer.games["train"][0]
+    assert item["prompt_ids"] == trainer.games["train"].pairs[0][0]["prompt_ids"]
+
+
+def test_rows_that_cannot_be_played_are_left_out_and_counted(tokenizer, caplog):
+    rows = [
+        {"messages": [USER, ASSISTANT]},
+        {"messages": [{"role": "user", "content": "x" * 600}, ASSISTANT]},
+        {"messages": [USER, {"role": "assistant", "content": " \n"}]},
+        {"messages": [USER, {"role": "assistant", "content": "Stop<|im_end|>here"}]},
+        {"messages": [USER, {"role": "assistant", "content": "y" * 600}]},
+    ]
+    prepared, left_out = prepare(rows, tokenizer)
+    assert prepared["row"][:] == [0]
+    assert left_out == {"too_long": 2, "empty_real": 1, "end_token_in_real": 1}
+    assert "2 of 5 rows of the train dataset are left out" in caplog.text and "the first is row 1" in caplog.text
+    with pytest.raises(ValueError, match="No row of the train dataset is left"):
+        prepare(rows[1:2], tokenizer)
+
+
+def test_a_tokenizer_that_merges_across_the_boundary_keeps_the_prompt(tokenizer, monkeypatch):
+    # "?B" as one token: the prompt's own tokens are what the opponent continues, so they must be kept
+    tokenizer.add_tokens(["?B"])
+    prepared, _ = prepare([{"prompt": "Sky?", "completion": "Blue."}], tokenizer)
+    assert decode(tokenizer, prepared[0]) == ("Sky?", "Blue.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([{"text": "Sky? Blue."}], ValueError, "`text` column"),
+        ([{"image": "x", "messages": [USER, ASSISTANT]}], ValueError, "image column"),
+        ([{"foo": "x"}], ValueError, "none of the known formats"),
+        ([{"messages": [USER, ASSISTANT]}, {"messages": [SYSTEM, USER]}], ValueError, "Row 1 .* no assistant turn"),
+        ([{"messages": [ASSISTANT]}], ValueError, "Row 0 .* starts with the assistant"),
+        ([{"messages": [USER, {"role": "assistant", "content": None}]}], ValueError, "Row 0 .* is None"),
+        ([{"prompt": "Sky?", "completion": None}], TypeError, "Row 0 .*`completion` is None"),
+        ([{"prompt": "", "completion": "x"}], ValueError, "Row 0 .*`prompt` is empty"),
+        ([{"prompt": [USER], "completion": "x"}], TypeError, "Row 0 .*Both must be text"),
+        ([{"messages": "Sky?"}], TypeError, "Row 0 .*expected a list of messages"),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}],
+            ValueError,
+            "Row 0 .* not text",
+        ),
+    ],
+)
+def test_a_fault_names_the_row_or_column(tokenizer, rows, error, message):
+    with pytest.raises(error, match=message):
+        prepare(rows, tokenizer)
+
+
+def test_faults_of_the_tokenizer_and_of_the_columns():
+    with pytest.raises(ValueError, match="no chat template"):
+        prepare(make_dataset(2), make_tokenizer(chat_template=None))
+    tokenizer = make_tokenizer()
+    with pytest.raises(ValueError, match="no column 'question'"):
+        prepare(make_dataset(2), tokenizer, prompt_column="question", completion_column="answer")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        prepare(make_dataset(2), tokenizer)
+    # A template that writes the date of the answer into the prompt, say: the answer cannot be placed after the prompt
+    unstable = make_tokenizer("{{ messages | length }}" + CHATML)
+    with pytest.raises(ValueError, match="Row 0 .*renders the prompt differently"):
+        prepare(make_dataset(2), unstable)

@@ -1,0 +1,173 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_args, make_dataset, make_model, make_tokenizer
+from transformers import GenerationConfig, LogitsProcessorList
+
+from trl_spin import SPINTrainer
+from trl_spin.generation import generate, generate_batch, length_sorted_batches, row_seed, sampling_processors
+
+
+def answer(model, tokenizer, prompts, tmp_path, seeds=None, max_length=None, end_token_ids=None, **kwargs):
+    args = make_args(tmp_path, **kwargs)
+    return generate(
+        model,
+        Accelerator(cpu=True),
+        args,
+        prompts,
+        seeds or [row_seed(0, i) for i in range(len(prompts))],
+        end_token_ids or [tokenizer.eos_token_id],
+        tokenizer.pad_token_id,
+        max_length,
+        desc="",
+    )
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    return [tokenizer(text)["input_ids"] for text in ("a", "Count to 3.", "bb", "Something longer than that", "c")]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}], ids=lambda o: str(o)
+)
+def test_samples_follow_the_processed_distribution(options, tmp_path):
+    num_samples, logits = 20_000, torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+    args = make_args(tmp_path, **options)
+    processors = sampling_processors(args, [row_seed(i) for i in range(num_samples)], torch.device("cpu"))
+    scores = logits.expand(num_samples, -1)
+    counts = processors(None, scores.clone()).argmax(dim=1).bincount(minlength=5) / num_samples
+    expected = LogitsProcessorList(processors[:-1])(None, scores[:1].clone()).softmax(dim=-1)[0]
+    assert (counts - expected).abs().max() < 0.015  # more than 4 standard errors
+    assert (counts[expected == 0] == 0).all()
+
+
+def test_temperature_zero_is_greedy(model, tokenizer, prompts, tmp_path):
+    greedy = answer(model, tokenizer, prompts[:1], tmp_path, temperature=0.0)[0]["generated_ids"]
+    ids = list(prompts[0])
+    for token in greedy:
+        assert model(torch.tensor([ids])).logits[0, -1].argmax() == token
+        ids.append(token)
+
+
+def test_a_sample_depends_on_its_seed_alone(model, tokenizer, prompts, tmp_path):
+    together = answer(model, tokenizer, prompts, tmp_path)
+    torch.rand(7)  # what ran before does not matter
+    alone = [
+        answer(model, tokenizer, [prompt], tmp_path, seeds=[row_seed(0, i)])[0] for i, prompt in enumerate(prompts)
+    ]
+    assert together == alone == answer(model, tokenizer, prompts, tmp_path, generation_token_budget=60)
+    assert together != answer(model, tokenizer, prompts, tmp_path, seeds=[row_seed(1, i) for i in range(5)])
+
+
+def test_end_tokens_and_limits(tokenizer, prompts, tmp_path):
+    model = make_model(tokenizer)
+    eos, other_eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"])
+    model.lm_head.weight.data.zero_()
+    bias = torch.full((len(tokenizer),), -20.0)
+    bias[[eos, other_eos, *range(6)]] = 0.0  # one token in four is an end token, of either kind
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    answers = answer(model, tokenizer, prompts * 8, tmp_path, end_token_ids=[eos, other_eos], max_completion_length=6)
+    last_tokens = {a["generated_ids"][-1] for a in answers if not a["truncated"]}
+    assert last_tokens == {eos, other_eos}
+    for a in answers:
+        assert len(a["generated_ids"]) <= 6
+        assert not {eos, other_eos} & set(a["generated_ids"][:-1])
+        assert a["truncated"] == (a["generated_ids"][-1] not in (eos, other_eos))
+    assert any(a["truncated"] for a in answers)
+    # `max_length` holds for prompt plus answer, row by row
+    answers = answer(model, tokenizer, prompts * 8, tmp_path, end_token_ids=[eos, other_eos], max_length=27)
+    assert all(len(a["prompt_ids"]) + len(a["generated_ids"]) <= 27 for a in answers)
+    assert max(len(a["generated_ids"]) for a in answers if len(a["prompt_ids"]) > 20) == 1
+
+
+def test_the_models_own_sampling_settings_do_not_leak_in(model, tokenizer, prompts, tmp_path):
+    expected = answer(model, tokenizer, prompts, tmp_path)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.01, top_k=1, repetition_penalty=5.0, suppress_tokens=list(range(200))
+    )
+    assert answer(model, tokenizer, prompts, tmp_path) == expected
+    with_suppressed = answer(
+        model, tokenizer, prompts, tmp_path, generation_kwargs={"suppress_tokens": expected[0]["generated_ids"]}
+    )
+    assert not set(with_suppressed[0]["generated_ids"]) & set(expected[0]["generated_ids"])
+    with pytest.raises(ValueError, match="num_beams"):
+        answer(model, tokenizer, prompts, tmp_path, generation_kwargs={"num_beams": 4})
+
+
+def test_generation_leaves_no_trace(tmp_path):
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    model.generation_config.temperature = 0.6
+    model.generation_config.do_sample = True
+    trainer = SPINTrainer(
+        model,
+        args=make_args(tmp_path, gradient_checkpointing=True),
+        train_dataset=make_dataset(),
+        processing_class=tokenizer,
+    )
+    seen = []
+
+    def snapshot():
+        state = {
+            "training": [m.training for m in trainer.model.modules()],
+            "checkpointing": trainer.model.is_gradient_checkpointing,
+            "generation_config": trainer.model.generation_config.to_dict(),
+            "use_cache": trainer.model.config.use_cache,
+            "padding_side": trainer.processing_class.padding_side,
+            "rng": torch.get_rng_state().tolist(),
+            "weights": {k: v.clone() for k, v in trainer.model.state_dict().items()},
+        }
+        return copy.deepcopy(state)
+
+    callback = trainer.callback_handler.callbacks[-1]
+    boundary = callback.on_epoch_begin
+
+    def watched(*args, **kwargs):
+        trainer.model.train()
+        before = snapshot()
+        boundary(*args, **kwargs)
+        seen.append((before, snapshot()))
+
+    callback.on_epoch_begin = watched
+    trainer.train()
+    assert len(seen) == 2
+    for before, after in seen:
+        weights = before.pop("weights"), after.pop("weights")
+        assert before == after
+        assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_batches_are_sorted_by_length_and_keep_the_budget():
+    lengths = [3, 50, 7, 8, 50, 1, 2]
+    batches = length_sorted_batches(lengths, lambda longest: 100 // longest)
+    assert sorted(sum(batches, [])) == list(range(7))
+    assert batches[0] == [1, 4]
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 100 for batch in batches)
+    assert length_sorted_batches([500], lambda longest: 0) == [[0]]
+
+
+def test_prompts_come_back_as_the_model_saw_them(model, tokenizer, prompts, tmp_path):
+    args = make_args(tmp_path)
+    config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
+    seen = []
+    model.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["input_ids"]), with_kwargs=True)
+    answers = generate_batch(model, config, sampling_processors(args, [1] * 5, model.device), prompts, [3] * 5)
+    for row, a, prompt in zip(seen[0], answers, prompts, strict=True):
+        assert a["prompt_ids"] == prompt == [t for t in row.tolist() if t != tokenizer.pad_token_id]

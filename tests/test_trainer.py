@@ -1,0 +1,521 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_args, make_dataset, make_model, make_tokenizer
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from trl_spin import SPINConfig, SPINTrainer
+from trl_spin.game import load_game
+
+
+LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.1}
+
+
+def make_trainer(tmp_path, tokenizer=None, dataset=None, model=None, callbacks=None, **kwargs):
+    tokenizer = tokenizer or make_tokenizer()
+    trainer_kwargs = {k: kwargs.pop(k) for k in ("eval_dataset", "peft_config", "optimizers") if k in kwargs}
+    return SPINTrainer(
+        model if model is not None else make_model(tokenizer),
+        args=make_args(tmp_path, **kwargs),
+        train_dataset=dataset or make_dataset(),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        **trainer_kwargs,
+    )
+
+
+def logp(model, prompt_ids, answer_ids):
+    """Summed log-prob of an answer, written out."""
+    logits = model(torch.tensor([prompt_ids + answer_ids])).logits[0].float()
+    logps = logits.log_softmax(dim=-1)[len(prompt_ids) - 1 : -1]
+    return logps[range(len(answer_ids)), answer_ids].sum()
+
+
+def first_losses(trainer):
+    """First training loss of each iteration."""
+    boundaries = [i for i, logs in enumerate(trainer.state.log_history) if "self_play/iteration" in logs]
+    return [next(logs["loss"] for logs in trainer.state.log_history[i:] if "loss" in logs) for i in boundaries]
+
+
+class Snapshots(TrainerCallback):
+    """Copies of the trained parameters at the end of each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.steps.append({k: v.detach().clone() for k, v in model.named_parameters() if v.requires_grad})
+
+
+# ---- The objective ----
+
+
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+def test_loss_and_gradient_are_equation_4_7(tmp_path, beta):
+    trainer = make_trainer(tmp_path, num_self_play_iterations=1, beta=beta)
+    trainer.train()
+    reference, policy = make_model(trainer.processing_class), trainer.model
+    rows = [trainer.games["train"][i] for i in range(4)]
+
+    expected = []
+    for row in rows:
+        real, generated = (
+            logp(policy, row["prompt_ids"], row[side]) - logp(reference, row["prompt_ids"], row[side]).detach()
+            for side in ("chosen_ids", "rejected_ids")
+        )
+        expected.append(torch.log1p(torch.exp(-(beta * real - beta * generated))))
+    policy.zero_grad()
+    torch.stack(expected).mean().backward()
+    gradients = {k: p.grad.clone() for k, p in policy.named_parameters()}
+
+    policy.zero_grad()
+    policy.train()
+    loss = trainer.compute_loss(policy, trainer._prepare_inputs(trainer.data_collator(rows)))
+    loss.backward()
+    assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
+    scale = max(g.abs().max() for g in gradients.values())
+    for name, p in policy.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], atol=1e-5 * scale, rtol=1e-3, msg=name)
+
+
+def test_iteration_0_is_dpo_trainer_on_the_same_pairs(tmp_path):
+    trainer = make_trainer(tmp_path / "spin", num_self_play_iterations=1, num_train_epochs=2)
+    trainer.train()
+    pairs = load_game(trainer.args.output_dir, 0)["train"]
+    pairs = Dataset.from_dict(
+        {
+            "prompt_ids": pairs["prompt_ids"][:],
+            "chosen_ids": pairs["real_ids"][:],
+            "rejected_ids": pairs["generated_ids"][:],
+        }
+    )
+
+    class TokenIdsDPOTrainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args):
+            return dataset
+
+    args = {
+        f: getattr(trainer.args, f) for f in DPOConfig.__dataclass_fields__ if DPOConfig.__dataclass_fields__[f].init
+    }
+    args |= {"precompute_ref_log_probs": True, "output_dir": str(tmp_path / "dpo"), "learning_rate": 1e-3}
+    dpo_trainer = TokenIdsDPOTrainer(
+        make_model(trainer.processing_class),
+        args=DPOConfig(**args),
+        train_dataset=pairs,
+        processing_class=trainer.processing_class,
+    )
+    dpo_trainer.train()
+    for (name, p), q in zip(trainer.model.named_parameters(), dpo_trainer.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_an_identical_pair_has_zero_gradient_and_costs_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, num_self_play_iterations=1)
+    trainer.train()
+    trainer.model.train()
+    game = trainer.games["train"]
+    identical = {**game.pairs[0][3], "played": False}
+    rows = [game[0], game.serve(identical), game[1], game.serve(identical)]
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    seen = []
+    handle = trainer.model.model.register_forward_pre_hook(
+        lambda m, a, kw: seen.append(len(kw["input_ids"])), with_kwargs=True
+    )
+
+    def loss_and_gradients(skip, inputs):
+        trainer._skip_unplayed = skip
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, dict(inputs))
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in trainer.model.parameters()]
+
+    (loss, gradients), (full_loss, full_gradients) = (loss_and_gradients(skip, inputs) for skip in (True, False))
+    assert seen == [4, 8]
+    torch.testing.assert_close(loss, full_loss)
+    torch.testing.assert_close(gradients, full_gradients)
+    # A batch of nothing else still has a loss, ℓ(0), and a gradient, 0
+    only = trainer._prepare_inputs(trainer.data_collator([rows[1], rows[3]]))
+    loss, gradients = loss_and_gradients(True, only)
+    assert loss.item() == pytest.approx(math.log(2))
+    assert all(g.abs().max() < 1e-6 for g in gradients)
+    handle.remove()
+
+
+def test_empty_and_identical_answers_are_counted_and_contribute_nothing(tmp_path, monkeypatch):
+    tokenizer = make_tokenizer()
+    end = tokenizer.eos_token_id
+
+    def play(path, **kwargs):
+        trainer = make_trainer(path, tokenizer, num_self_play_iterations=1, **kwargs)
+        rows = trainer.games["train"].rows
+        answers = [
+            {"prompt_ids": row["prompt_ids"], "generated_ids": generated, "truncated": truncated}
+            for row, (generated, truncated) in zip(
+                rows,
+                [([end], False), (rows[1]["real_ids"], False), ([5, 6], True)] + [([7, end], False)] * 9,
+                strict=True,
+            )
+        ]
+        monkeypatch.setattr("trl_spin.callbacks.generate", lambda *a, **kw: answers)
+        trainer.train()
+        return trainer, trainer.state.log_history[0]
+
+    trainer, logs = play(tmp_path / "default")
+    shares = {k: logs[f"self_play/{k}"] for k in ("empty", "identical", "truncated", "played")}
+    assert shares == {k: pytest.approx(v / 12) for k, v in zip(shares, (1, 1, 1, 10), strict=True)}
+    assert trainer.games["train"][0]["rejected_ids"] == trainer.games["train"][0]["chosen_ids"]
+    # A truncated answer stays open, a complete one has the end token that was sampled
+    assert trainer.games["train"][2]["rejected_ids"] == [5, 6]
+    assert trainer.games["train"][3]["rejected_ids"] == [7, end]
+    assert first_losses(trainer) == [pytest.approx(math.log(2))]
+
+    assert play(tmp_path / "empty", play_empty_completions=True)[1]["self_play/played"] == pytest.approx(11 / 12)
+    assert play(tmp_path / "drop", truncated_completions="drop")[1]["self_play/played"] == pytest.approx(9 / 12)
+    trainer, _ = play(tmp_path / "cut", truncated_completions="cut_real")
+    assert trainer.games["train"][2]["chosen_ids"] == trainer.games["train"].rows[2]["real_ids"][:2]
+
+
+# ---- The game, for every kind of model ----
+
+
+@pytest.fixture(params=["full", "lora", "qlora", "adapter"])
+def played(request, tmp_path):
+    """A run of three iterations: all weights, a LoRA adapter, one on a model in 4 bits, and an adapter that is there."""
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, hidden_size=64)
+    kwargs = {"num_self_play_iterations": 3, "learning_rate": 1e-2 if request.param != "full" else 1e-3}
+    if request.param == "qlora":
+        model.save_pretrained(tmp_path / "base")
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base",
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16"),
+            dtype="bfloat16",
+        )
+    elif request.param == "adapter":
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(**LORA))
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(std=0.1)
+    if request.param in ("lora", "qlora"):
+        kwargs["peft_config"] = LoraConfig(**LORA)
+    initial = {k: v.detach().clone() for k, v in model.named_parameters()}
+    trainer = make_trainer(tmp_path / "run", tokenizer, model=model, callbacks=[Snapshots()], **kwargs)
+    trainer.train()
+    return request.param, trainer, initial
+
+
+def test_every_iteration_starts_at_ln_2_with_one_model_in_memory(played):
+    kind, trainer, initial = played
+    tolerance = 1e-6 if kind != "qlora" else 0.01
+    assert first_losses(trainer) == [pytest.approx(math.log(2), abs=tolerance)] * 3
+    assert trainer.ref_model is None
+    if kind != "full":
+        assert list(trainer.model.peft_config) == ["default"]
+
+    # What should train does, in every layer, and nothing else
+    trained = {k: v for k, v in trainer.model.named_parameters() if v.requires_grad}
+    snapshots = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Snapshots))
+    for name, p in trained.items():
+        assert not torch.equal(p, snapshots.steps[0][name]), name
+    if kind in ("lora", "qlora"):
+        assert all("lora_" in name for name in trained)
+    for name, p in trainer.model.named_parameters():
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if not p.requires_grad and name in initial:
+            assert torch.equal(p, initial[name]), name
+
+
+def test_promotion_makes_the_trained_model_the_reference(played):
+    kind, trainer, _ = played
+    if kind == "qlora":
+        pytest.skip("a reloaded model in 4 bits is compared by its first loss")
+    output_dir = trainer.args.output_dir
+    row = load_game(output_dir, 2)["train"][0]
+    for iteration, is_reference in ((0, False), (1, True)):  # iteration 2 plays against what iteration 1 made
+        directory = f"{output_dir}/iteration-{iteration}"
+        if kind == "full":
+            model = AutoModelForCausalLM.from_pretrained(directory)
+        else:
+            base = make_model(trainer.processing_class, hidden_size=64)
+            model = PeftModel.from_pretrained(base, directory)
+        score = logp(model, row["prompt_ids"], row["generated_ids"]).item()
+        assert (score == pytest.approx(row["ref_generated_logps"], abs=1e-3)) == is_reference
+
+
+def test_each_iteration_is_kept(played):
+    kind, trainer, _ = played
+    for iteration in range(3):
+        directory = f"{trainer.args.output_dir}/iteration-{iteration}"
+        names = {path.name for path in Path(directory).iterdir()}
+        weights = {name for name in names if name.endswith(".safetensors")}
+        assert weights == {"model.safetensors" if kind == "full" else "adapter_model.safetensors"}
+        assert {"README.md", "self_play.json", "tokenizer.json"} <= names
+        assert "ref" not in names
+        AutoTokenizer.from_pretrained(directory)
+    if kind == "full":
+        last = AutoModelForCausalLM.from_pretrained(directory)
+        for p, q in zip(trainer.model.parameters(), last.parameters(), strict=True):
+            assert torch.equal(p, q)
+    elif kind == "qlora":
+        AutoPeftModelForCausalLM.from_pretrained(directory)
+
+
+def test_a_wrong_reference_stops_the_run(tmp_path):
+    trainer = make_trainer(tmp_path)
+    callback = trainer.callback_handler.callbacks[-1]
+    swap = callback.swap
+
+    def train_on_another_model(iteration, pairs):
+        if iteration == 1:
+            trainer.model.lm_head.weight.data.mul_(1.1)
+        swap(iteration, pairs)
+
+    callback.swap = train_on_another_model
+    with pytest.raises(ValueError, match="Iteration 1 does not start at ℓ\\(0\\)"):
+        trainer.train()
+
+
+def test_live_dropout(tmp_path):
+    tokenizer = make_tokenizer()
+    trainer = make_trainer(tmp_path / "off", tokenizer, model=make_model(tokenizer, attention_dropout=0.5))
+    trainer.train()  # `disable_dropout` holds for attention as well
+    with pytest.raises(ValueError, match="dropout"):
+        make_trainer(
+            tmp_path / "on",
+            tokenizer,
+            model=make_model(tokenizer, attention_dropout=0.5),
+            disable_dropout=False,
+        ).train()
+
+
+# ---- Schedules ----
+
+
+def test_learning_rate_and_lambda_follow_the_iteration(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        num_self_play_iterations=3,
+        num_train_epochs=[2, 1],
+        learning_rate=[4e-4, 1e-4],
+        beta=[0.1, 0.5, 5.0],
+        warmup_steps=0.34,
+    )
+    betas = []
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *a, **kw: (betas.append(trainer.beta), compute_loss(*a, **kw))[1]
+    trainer.train()
+    rates = [logs["learning_rate"] for logs in trainer.state.log_history if "learning_rate" in logs]
+    # 3 steps per pass; ceil(0.34 · 6) = 3 and ceil(0.34 · 3) = 2 warm-up steps, then linear decay
+    expected = [4e-4 * f for f in (0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)] + 2 * [1e-4 * f for f in (0, 1 / 2, 1)]
+    assert rates == pytest.approx(expected)
+    assert betas == [0.1] * 6 + [0.5] * 3 + [5.0] * 3
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_optimizer_state_is_reset_at_the_boundary(tmp_path, reset):
+    steps = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer, **kwargs):
+            steps.append(int(next(iter(optimizer.state.values()))["step"]))
+
+    make_trainer(tmp_path, callbacks=[Watch()], reset_optimizer_state=reset).train()
+    assert steps == [1, 2, 3] + ([1, 2, 3] if reset else [4, 5, 6])
+
+
+def test_a_given_optimizer_follows_the_schedule(tmp_path):
+    model = make_model(make_tokenizer())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    trainer = make_trainer(tmp_path, model=model, optimizers=(optimizer, None), learning_rate=[1e-2, 1e-3])
+    trainer.train()
+    rates = [logs["learning_rate"] for logs in trainer.state.log_history if "learning_rate" in logs]
+    assert rates == pytest.approx([1e-2 * f for f in (1, 2 / 3, 1 / 3)] + [1e-3 * f for f in (1, 2 / 3, 1 / 3)])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(ValueError, match="scheduler"):
+        make_trainer(tmp_path, model=model, optimizers=(optimizer, scheduler), learning_rate=[1e-2, 1e-3])
+    with pytest.raises(ValueError, match="reduce_lr_on_plateau"):
+        make_trainer(tmp_path / "plateau", lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="no").train()
+
+
+# ---- History, evaluation, resuming ----
+
+
+def test_history_keeps_answers_and_scores_them_anew(tmp_path):
+    trainer = make_trainer(tmp_path, num_self_play_iterations=3, opponent_history=1, num_train_epochs=[1, 2])
+    seen = []
+    compute_loss = trainer.compute_loss
+
+    def watch(model, inputs, *args, **kwargs):
+        _, generated = inputs["input_ids"].chunk(2)
+        _, mask = inputs["attention_mask"].chunk(2)
+        if trainer.self_play_iteration == 2:
+            seen.extend(row[row_mask.bool()].tolist() for row, row_mask in zip(generated, mask, strict=True))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = watch
+    trainer.train()
+    games = [load_game(str(tmp_path), iteration)["train"] for iteration in range(3)]
+    assert [set(game["opponent"][:]) for game in games] == [{0}, {0, 1}, {1, 2}]
+    newest, previous = games[2].select(range(12)), games[2].select(range(12, 24))
+    assert set(newest["opponent"][:]) == {2} and set(previous["opponent"][:]) == {1}
+    assert previous["generated_ids"][:] == games[1].select(range(12))["generated_ids"][:]
+    reference = AutoModelForCausalLM.from_pretrained(f"{tmp_path}/iteration-1")
+    for pair in (previous[0], newest[0]):
+        score = logp(reference, pair["prompt_ids"], pair["generated_ids"]).item()
+        assert score == pytest.approx(pair["ref_generated_logps"], abs=1e-3)
+    # Two passes play every pair of the two opponents once
+    assert sorted(seen) == sorted(pair["prompt_ids"] + pair["generated_ids"] for pair in games[2])
+    assert trainer.state.log_history[-1]["epoch"] == 5
+
+
+def test_the_same_game_is_played_on_held_out_prompts(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset={"a": make_dataset(5), "b": make_dataset(3)})
+    trainer.train()
+    evaluations = [logs for logs in trainer.state.log_history if "eval_a_nll/real" in logs]
+    assert [logs["step"] for logs in evaluations] == [3, 6]
+    last = AutoModelForCausalLM.from_pretrained(f"{tmp_path}/iteration-1")
+    pairs = load_game(str(tmp_path), 1)["a"]
+    nll = -sum(logp(last, p["prompt_ids"], p["real_ids"]).item() for p in pairs) / sum(map(len, pairs["real_ids"]))
+    assert evaluations[-1]["eval_a_nll/real"] == pytest.approx(nll, rel=1e-4)
+    margins = [
+        0.1
+        * (
+            (logp(last, p["prompt_ids"], p["real_ids"]).item() - p["ref_real_logps"])
+            - (logp(last, p["prompt_ids"], p["generated_ids"]).item() - p["ref_generated_logps"])
+        )
+        for p in pairs
+    ]
+    assert evaluations[-1]["eval_a_rewards/margins"] == pytest.approx(sum(margins) / len(margins), rel=1e-3)
+    assert evaluations[-1]["eval_a_rewards/accuracies"] == sum(m > 0 for m in margins) / len(margins)
+    assert trainer.evaluate()["eval_b_nll/real"] > 0
+    with pytest.raises(ValueError, match="takes no dataset"):
+        trainer.evaluate(make_dataset(3))
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 7])
+def test_a_resumed_run_is_the_same_run(tmp_path, step):
+    kwargs = {
+        "num_self_play_iterations": 3,
+        "num_train_epochs": [1, 2],
+        "opponent_history": 1,
+        "save_strategy": "steps",
+    }
+    straight = make_trainer(tmp_path / "straight", save_steps=1, **kwargs)
+    straight.train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == step
+
+    make_trainer(tmp_path / "resumed", save_steps=1, callbacks=[Stop()], **kwargs).train()
+    resumed = make_trainer(tmp_path / "resumed", save_steps=1, **kwargs)
+    resumed.train(resume_from_checkpoint=True)
+    for (name, p), q in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    games = [load_game(str(tmp_path / run), 2)["train"][:] for run in ("straight", "resumed")]
+    assert games[0] == games[1]
+
+
+def test_runs_are_not_mixed(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="has not started"):
+        trainer.train_dataset[0]
+    trainer.train()
+    with pytest.raises(ValueError, match="holds the games of another run"):
+        make_trainer(tmp_path).train()
+
+
+def test_max_steps_cuts_the_game_short(tmp_path):
+    trainer = make_trainer(tmp_path, num_self_play_iterations=3, max_steps=4)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert sorted(p.name for p in tmp_path.glob("iteration-*")) == ["iteration-0"]
+
+
+# ---- What is refused ----
+
+
+def test_a_reference_model_contradicts_spin(model, tokenizer, dataset, tmp_path):
+    with pytest.raises(ValueError, match="SPIN takes no `ref_model`"):
+        SPINTrainer(model, copy.deepcopy(model), make_args(tmp_path), train_dataset=dataset)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"precompute_ref_log_probs": False}, "precompute_ref_log_probs"),
+        ({"sync_ref_model": True}, "sync_ref_model"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"num_train_epochs": 1.5}, "whole passes"),
+        ({"beta": [0.1, 0.2, 0.3]}, "3 values"),
+        ({"num_self_play_iterations": 0}, "at least 1"),
+        ({"truncated_completions": "shorten"}, "shorten"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"opponent_history": -1}, "opponent_history"),
+        ({"prompt_column": "question"}, "go together"),
+    ],
+)
+def test_options_that_contradict_the_game_are_refused(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **kwargs)
+
+
+def test_datasets_that_cannot_be_played_are_refused(model, tokenizer, dataset, tmp_path):
+    def build(**kwargs):
+        SPINTrainer(model, args=make_args(tmp_path), processing_class=tokenizer, **kwargs)
+
+    with pytest.raises(TypeError, match="streamed"):
+        build(train_dataset=dataset.to_iterable_dataset())
+    with pytest.raises(ValueError, match="train dataset is empty"):
+        build(train_dataset=dataset.select([]))
+    with pytest.raises(ValueError, match="eval dataset is empty"):
+        build(train_dataset=dataset, eval_dataset=dataset.select([]))
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        build()
+    with pytest.raises(TypeError, match="SPINConfig"):
+        SPINTrainer(model, args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=dataset)
+
+
+def test_a_local_directory_and_a_live_model_are_the_same(model, tokenizer, dataset, tmp_path):
+    model.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    from_path = SPINTrainer(
+        str(tmp_path / "sft"), args=make_args(tmp_path / "a"), train_dataset=dataset.select(range(6))
+    )
+    from_path.train()
+    live = make_trainer(tmp_path / "b", tokenizer, model=model, dataset=dataset.select(range(6)))
+    live.train()
+    for p, q in zip(from_path.model.parameters(), live.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert F.mse_loss(p, make_model(tokenizer).lm_head.weight) > 0
+
+
+def test_default_arguments(model, tokenizer, dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    args = SPINConfig("x", use_cpu=True)
+    assert (args.learning_rate, args.num_train_epochs, args.beta) == (5e-7, 2, 0.1)
+    assert args.per_iteration("beta") == [0.1] * 3
