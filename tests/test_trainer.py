@@ -199,19 +199,24 @@ def test_empty_and_identical_answers_are_counted_and_contribute_nothing(tmp_path
 # ---- The game, for every kind of model ----
 
 
+def make_wide_model():
+    return make_model(make_tokenizer(), hidden_size=64)  # blocks of 64 weights are quantized together
+
+
+def load_in_4bit(path):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype="bfloat16")
+
+
 @pytest.fixture(params=["full", "lora", "qlora", "adapter"])
 def played(request, tmp_path):
     """A run of three iterations: all weights, a LoRA adapter, one on a model in 4 bits, and an adapter that is there."""
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, hidden_size=64)
+    model = make_wide_model()
     kwargs = {"num_self_play_iterations": 3, "learning_rate": 1e-2 if request.param != "full" else 1e-3}
     if request.param == "qlora":
         model.save_pretrained(tmp_path / "base")
-        model = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base",
-            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16"),
-            dtype="bfloat16",
-        )
+        model = load_in_4bit(tmp_path / "base")
     elif request.param == "adapter":
         torch.manual_seed(1)
         model = get_peft_model(model, LoraConfig(**LORA))
@@ -249,8 +254,6 @@ def test_every_iteration_starts_at_ln_2_with_one_model_in_memory(played):
 
 def test_promotion_makes_the_trained_model_the_reference(played):
     kind, trainer, _ = played
-    if kind == "qlora":
-        pytest.skip("a reloaded model in 4 bits is compared by its first loss")
     output_dir = trainer.args.output_dir
     row = load_game(output_dir, 2)["train"][0]
     for iteration, is_reference in ((0, False), (1, True)):  # iteration 2 plays against what iteration 1 made
@@ -258,10 +261,11 @@ def test_promotion_makes_the_trained_model_the_reference(played):
         if kind == "full":
             model = AutoModelForCausalLM.from_pretrained(directory)
         else:
-            base = make_model(trainer.processing_class, hidden_size=64)
+            base = load_in_4bit(trainer.base_model_id) if kind == "qlora" else make_wide_model()
             model = PeftModel.from_pretrained(base, directory)
         score = logp(model, row["prompt_ids"], row["generated_ids"]).item()
-        assert (score == pytest.approx(row["ref_generated_logps"], abs=1e-3)) == is_reference
+        tolerance = 0.2 if kind == "qlora" else 1e-3  # bfloat16 against an effect of several nats
+        assert (score == pytest.approx(row["ref_generated_logps"], abs=tolerance)) == is_reference
 
 
 def test_each_iteration_is_kept(played):

@@ -1,0 +1,167 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_args, make_dataset, make_model, make_tokenizer
+from datasets import Dataset, load_dataset
+from safetensors.torch import load_file
+
+from trl_spin import SPINTrainer
+from trl_spin.__main__ import main
+
+
+OPTIONS = {
+    "prompt_column": "question",
+    "completion_column": "answer",
+    "use_cpu": True,
+    "bf16": False,
+    "num_self_play_iterations": 2,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 8,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def sft(tmp_path):
+    """A model directory and a JSON Lines file of questions and answers."""
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, hidden_size=64).save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    rows = [{"question": m[0]["content"], "answer": m[1]["content"]} for m in make_dataset()["messages"]]
+    Dataset.from_list(rows).to_json(tmp_path / "data.jsonl")
+    return tmp_path
+
+
+def command_line(sft, output_dir, **options):
+    options = {
+        "model_name_or_path": sft / "sft",
+        "dataset_name": sft / "data.jsonl",
+        "output_dir": sft / output_dir,
+        "learning_rate": [1e-3, 1e-4],
+        **OPTIONS,
+        **options,
+    }
+    arguments = []
+    for key, value in options.items():
+        arguments += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return arguments
+
+
+def run(monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["trl-spin", *arguments])
+    main()
+
+
+def assert_equal_weights(*paths):
+    first, *others = (load_file(path) for path in paths)
+    for other in others:
+        assert first.keys() == other.keys()
+        for key in first:
+            assert torch.equal(first[key], other[key]), key
+
+
+def test_python_command_and_accelerate_launch_give_the_same_run(sft, monkeypatch):
+    trainer = SPINTrainer(
+        str(sft / "sft"),
+        args=make_args(sft / "python", **OPTIONS, learning_rate=[1e-3, 1e-4], gradient_checkpointing=True),
+        train_dataset=load_dataset("json", data_files=str(sft / "data.jsonl"), split="train"),
+    )
+    trainer.train()
+    run(monkeypatch, command_line(sft, "command"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "trl_spin"]
+    result = subprocess.run(
+        [*launch, *command_line(sft, "accelerate")], capture_output=True, text=True, env=os.environ | {"CI": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    for iteration in ("iteration-0", "iteration-1"):
+        assert_equal_weights(
+            *(sft / run / iteration / "model.safetensors" for run in ("python", "command", "accelerate"))
+        )
+    assert_equal_weights(sft / "command" / "model.safetensors", sft / "command" / "iteration-1" / "model.safetensors")
+    assert f"`{sft / 'data.jsonl'}`, 12 prompts" in (sft / "command" / "README.md").read_text()
+
+
+def test_the_command_line_overrides_yaml(sft, monkeypatch):
+    Dataset.from_json(str(sft / "data.jsonl")).to_parquet(sft / "data.parquet")
+    recipe = {key: str(value) if isinstance(value, os.PathLike) else value for key, value in OPTIONS.items()}
+    recipe |= {
+        "model_name_or_path": str(sft / "sft"),
+        "dataset_name": str(sft / "data.parquet"),
+        "output_dir": str(sft / "run"),
+        "beta": [0.1, 5.0],
+        "learning_rate": "1e-3",  # YAML reads 1e-3 without a point as text
+        "generation_kwargs": {"suppress_tokens": [1]},
+    }
+    (sft / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    run(monkeypatch, ["--config", str(sft / "recipe.yaml"), "--learning_rate", "1e-7", "--beta", "0.5", "5"])
+    record = json.loads((sft / "run" / "iteration-1" / "self_play.json").read_text())
+    assert (record["learning_rate"], record["beta"]) == (1e-7, 5.0)
+
+    recipe["betta"] = 1.0
+    (sft / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match="betta"):
+        run(monkeypatch, ["--config", str(sft / "recipe.yaml")])
+
+
+def test_a_mixture_of_datasets_and_evaluation(sft, monkeypatch):
+    recipe = {
+        "datasets": [{"path": "json", "data_files": str(sft / "data.jsonl")}] * 2,
+        "test_split_size": 0.25,
+        "eval_strategy": "epoch",
+    }
+    (sft / "mixture.yaml").write_text(json.dumps(recipe))
+    arguments = command_line(sft, "run", dataset_name="none")
+    del arguments[arguments.index("--dataset_name") : arguments.index("--dataset_name") + 2]
+    run(monkeypatch, ["--config", str(sft / "mixture.yaml"), *arguments])
+    record = json.loads((sft / "run" / "iteration-1" / "self_play.json").read_text())
+    assert record["eval_nll/real"] > 0
+    with pytest.raises(ValueError, match="exactly one source"):
+        run(monkeypatch, arguments)
+
+
+def test_qlora_by_flags_alone(sft, monkeypatch):
+    """Flags turn the recipe into a run on a model in 4 bits, computed in bfloat16 and not in TRL's float32."""
+    seen = {}
+
+    class Spy(SPINTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen["trainer"] = self
+
+    monkeypatch.setattr("trl_spin.spin_trainer.SPINTrainer", Spy)
+    run(monkeypatch, [*command_line(sft, "run", bf16=True), "--use_peft", "--load_in_4bit"])
+    model = seen["trainer"].model
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert type(layer.base_layer).__name__ == "Linear4bit"
+    assert layer.base_layer.compute_dtype == torch.bfloat16
+    assert sorted(p.name for p in (sft / "run" / "iteration-1").glob("*.safetensors")) == ["adapter_model.safetensors"]
+
+    with pytest.raises(ValueError, match="--use_peft"):
+        run(monkeypatch, [*command_line(sft, "run4"), "--load_in_4bit"])
+
+
+def test_help_is_complete():
+    result = subprocess.run([sys.executable, "-m", "trl_spin", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for option in ("num_self_play_iterations", "opponent_history", "load_in_4bit", "dataset_name", "datasets", "beta"):
+        assert f"--{option}" in result.stdout
