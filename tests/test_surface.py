@@ -14,6 +14,7 @@
 
 """What users and TRL see of the package: names, options, and the places where it takes hold of its parents."""
 
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import sys
 import pytest
 from bitsandbytes.nn import Linear4bit
 from conftest import make_args, make_dataset, make_model, make_tokenizer
+from huggingface_hub import HfApi, RepoUrl
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments
 
 import trl_spin
@@ -63,6 +65,7 @@ OVERRIDES = {
     "evaluate",
     "get_optimizer_cls_and_kwargs",
     "log",
+    "push_to_hub",
     "set_initial_training_values",
 }
 ATTRIBUTES = {"_created_lr_scheduler", "_metrics", "_tokenizer", "loss_types", "loss_weights", "use_weighting"}
@@ -131,9 +134,32 @@ def test_overrides_exist_upstream_and_are_called(tmp_path, monkeypatch):
         processing_class=tokenizer,
     )
     trainer.train()
-    assert called == OVERRIDES
+    assert called == OVERRIDES - {"push_to_hub"}  # which has a test of its own
     assert all(hasattr(trainer, name) for name in ATTRIBUTES)
     assert hasattr(Linear4bit(64, 64), "support_avx512bf16_for_cpu")
+
+
+def test_a_push_to_the_hub_holds_the_model_and_no_data(tmp_path, monkeypatch):
+    pushed = {}
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"https://huggingface.co/{repo_id}")
+    )
+    monkeypatch.setattr(
+        HfApi,
+        "upload_folder",
+        lambda self, repo_id, folder_path, **kwargs: pushed.update({repo_id: set(os.listdir(folder_path))}),
+    )
+    tokenizer = make_tokenizer()
+    args = make_args(tmp_path / "run", push_to_hub=True, hub_model_id="user/model")
+    trainer = SPINTrainer(make_model(tokenizer), args=args, train_dataset=make_dataset(), processing_class=tokenizer)
+    trainer.train()
+    trainer.push_to_hub(dataset_name="user/data")
+    assert {"model.safetensors", "README.md", "tokenizer.json"} <= pushed["user/model"]
+    assert not {"self_play", "iteration-0"} & pushed["user/model"]
+    assert "→ iteration 1" in (tmp_path / "run" / "hub" / "README.md").read_text()
+    assert trainer.args.output_dir == str(tmp_path / "run")
+    with pytest.raises(ValueError, match="hub_strategy.*your data"):
+        make_args(tmp_path, hub_strategy="every_save")
 
 
 def test_model_card(tmp_path):

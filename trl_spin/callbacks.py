@@ -145,7 +145,7 @@ class SelfPlayCallback(TrainerCallback):
                 prompts=game.rows["prompt_ids"],
                 seeds=[row_seed(args.seed, iteration, name, row) for row in game.rows["row"]],
                 end_token_ids=trainer.end_token_ids,
-                pad_token_id=trainer.processing_class.pad_token_id,
+                pad_token_id=trainer._tokenizer.pad_token_id,
                 max_length=trainer.max_length,
                 desc=f"Iteration {iteration}: answering {name} prompts",
             )
@@ -169,7 +169,7 @@ class SelfPlayCallback(TrainerCallback):
     def _make_pair(self, row: dict, answer: dict, iteration: int, held_out: bool) -> dict[str, Any]:
         trainer, args = self.trainer, self.trainer.args
         real_ids, generated_ids, truncated = row["real_ids"], answer["generated_ids"], answer["truncated"]
-        empty = not trainer.processing_class.decode(generated_ids, skip_special_tokens=True).strip()
+        empty = not trainer._tokenizer.decode(generated_ids, skip_special_tokens=True).strip()
         if truncated and args.truncated_completions == "cut_real" and not held_out:
             real_ids = real_ids[: len(generated_ids)]
         identical = generated_ids == real_ids

@@ -116,7 +116,8 @@ class GameDataset(torch.utils.data.Dataset):
         ]
         for opponent in by_opponent:
             for column in ("row", "prompt_ids"):
-                if opponent[column][:] != self.rows[column][:]:
+                same = all(a == b for a, b in zip(opponent[column], self.rows[column], strict=False))
+                if len(opponent) != len(self) or not same:
                     raise ValueError(
                         f"The pairs for the {self.name} dataset were generated from other prompts than its own (column "
                         f"`{column}`, opponent {opponent['opponent'][0]}, {len(opponent)} pairs for {len(self)} "

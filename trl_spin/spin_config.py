@@ -15,6 +15,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.trainer_utils import HubStrategy
 from trl import DPOConfig
 
 
@@ -25,12 +26,17 @@ _FIXED_OPTIONS = {
         "SPIN's reference is the policy itself at the start of each iteration: it is scored once, and no second model "
         "is ever loaded",
     ),
+    "ld_alpha": (None, "the reference log-probs of SPIN are sums over whole answers"),
     "sync_ref_model": (False, "the reference changes at the iteration boundary and nowhere else"),
     "padding_free": (False, "DPOTrainer ignores it since TRL 1.0"),
     "truncation_mode": ("keep_start", "rows that do not fit `max_length` are left out, never truncated"),
     "auto_find_batch_size": (False, "it restarts the training loop in the middle of an iteration"),
     "dataloader_persistent_workers": (False, "such workers would keep the opponent's answers of an earlier iteration"),
     "eval_on_start": (False, "the game on the held-out prompts starts with the first iteration, not before it"),
+    "hub_strategy": (
+        HubStrategy.END,
+        "a push at each checkpoint uploads the whole output directory, and with it the games, which hold your data",
+    ),
     "load_best_model_at_end": (
         False,
         "each iteration plays against another opponent, so its evaluation losses cannot be compared; each iteration's "
@@ -132,6 +138,7 @@ class SPINConfig(DPOConfig):
     > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`.
     > - `num_train_epochs`: Defaults to `2` instead of `3`, and counts passes per iteration.
     > - `precompute_ref_log_probs`: `True`, the only value that SPIN accepts.
+    > - `hub_strategy`: `"end"`, the only value that SPIN accepts.
     """
 
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["chat_template_kwargs", "generation_kwargs"]
@@ -161,6 +168,11 @@ class SPINConfig(DPOConfig):
     precompute_ref_log_probs: bool = field(
         default=True,
         metadata={"help": "Always `True`: SPIN scores the reference once per iteration, with the policy itself."},
+    )
+
+    hub_strategy: HubStrategy | str = field(
+        default="end",
+        metadata={"help": "Always `'end'`: the model is pushed when training has ended."},
     )
 
     # Parameters that control the game

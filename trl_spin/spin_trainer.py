@@ -183,6 +183,7 @@ class SPINTrainer(DPOTrainer):
         self.base_model_id = model_id
         self.base_model_revision = (args.model_init_kwargs or {}).get("revision")
         self.dataset_name = train_dataset.info.dataset_name or "a local dataset"
+        self.run_dir = args.output_dir
         self.left_out: dict[str, dict[str, int]] = {}
         self.games: dict[str, GameDataset] = {}
 
@@ -399,7 +400,20 @@ class SPINTrainer(DPOTrainer):
             )
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    # ---- Model card ----
+    # ---- Model card and Hub ----
+
+    def push_to_hub(self, *args, **kwargs):
+        """
+        Pushes the model as [`~transformers.Trainer.push_to_hub`] does, from a folder of its own: the output directory
+        also holds the games, and with them the user's data.
+        """
+        if self.hub_model_id is None:  # the repository is called after the output directory
+            self.init_hf_repo(token=kwargs.get("token"), private=kwargs.get("private"))
+        output_dir, self.args.output_dir = self.args.output_dir, str(Path(self.args.output_dir) / "hub")
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self.args.output_dir = output_dir
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         super().create_model_card(model_name, dataset_name, tags)
@@ -410,7 +424,7 @@ class SPINTrainer(DPOTrainer):
         path = Path(self.args.output_dir) / "README.md"
         card = add_self_play_section(
             path.read_text(),
-            records=read_records(self.args.output_dir, self.args.num_self_play_iterations),
+            records=read_records(self.run_dir, self.args.num_self_play_iterations),
             base_model=self.base_model_id,
             revision=self.base_model_revision,
             data=f"`{self.dataset_name}`, {num_prompts} prompts ({left_out} rows left out)",
