@@ -1,0 +1,139 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Every block of the README and every file in `examples/`, unchanged, on tiny models and data of the same names."""
+
+import os
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_dataset, make_model, make_tokenizer
+from datasets import Dataset
+
+from trl_spin import SPINConfig
+from trl_spin.__main__ import main
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = [(m[1], m[2]) for m in re.finditer(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)]
+PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    shlex.split(line)
+    for language, code in BLOCKS
+    if language == "bash"
+    for line in code.replace("\\\n", " ").splitlines()
+    if line.startswith(("trl-spin ", "accelerate launch "))
+]
+# What makes a 7B model on a GPU a toy on a CPU
+TINY = {"use_cpu": True, "max_length": 256, "max_completion_length": 8, "logging_steps": 1, "disable_tqdm": True}
+
+ZEPHYR = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}"
+    "\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A working directory in which the names on the Hub are folders, so that the same code finds them there."""
+    tokenizer = make_tokenizer(ZEPHYR)
+    for name in ("alignment-handbook/zephyr-7b-sft-full", "gsm8k-sft"):
+        make_model(tokenizer, hidden_size=64).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    messages = make_dataset(8)["messages"][:]
+    questions = [{"question": m[0]["content"], "answer": m[1]["content"]} for m in messages]
+    splits = {
+        "HuggingFaceH4/ultrachat_200k": (
+            "default",
+            [{"prompt": m[0]["content"], "messages": m * 2} for m in messages],
+            ("train_sft", "test_sft"),
+        ),
+        "openai/gsm8k": ("main", questions, ("train", "test")),
+    }
+    for name, (config, rows, names) in splits.items():
+        (tmp_path / name).mkdir(parents=True)
+        for split in names:
+            Dataset.from_list(rows).to_json(tmp_path / name / f"{split}.jsonl")
+        files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in names)
+        (tmp_path / name / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n"
+        )
+    Dataset.from_list(questions).to_json(tmp_path / "train.jsonl")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_defaults(monkeypatch):
+    """Scripts that make their own `SPINConfig` get one for a tiny model."""
+    init = SPINConfig.__init__
+
+    def tiny_init(self, *args, **kwargs):
+        init(self, *args, **{**kwargs, **TINY})
+
+    monkeypatch.setattr(SPINConfig, "__init__", tiny_init)
+
+
+def run_command(monkeypatch, arguments):
+    tiny = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["trl-spin", *arguments, *tiny])
+    main()
+
+
+def iterations(directory):
+    return sorted(path.name for path in Path(directory).glob("*/iteration-*") if path.parent.name != "self_play")
+
+
+@pytest.mark.parametrize("code", PYTHON_BLOCKS, ids=lambda code: code.splitlines()[-1][:40])
+def test_python_blocks_of_the_readme(code, hub, tiny_defaults):
+    make_model(make_tokenizer(ZEPHYR), hidden_size=64).save_pretrained(hub / "zephyr-7b-spin" / "iteration-3")
+    make_tokenizer(ZEPHYR).save_pretrained(hub / "zephyr-7b-spin" / "iteration-3")
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command)[:60])
+def test_commands_of_the_readme(command, hub, monkeypatch):
+    arguments = command[1:] if command[0] == "trl-spin" else command[command.index("trl_spin") + 1 :]
+    run_command(monkeypatch, arguments)
+    assert iterations(hub)
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "examples").glob("*.yaml")))
+def test_recipes(recipe, hub, monkeypatch):
+    run_command(monkeypatch, ["--config", f"examples/{recipe}"])
+    assert iterations(hub) == ["iteration-0", "iteration-1", "iteration-2", "iteration-3"]
+
+
+@pytest.mark.parametrize("options", [[], ["--qlora"]], ids=["full", "qlora"])
+def test_zephyr_script(options, hub, tiny_defaults, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["zephyr_7b.py", *options])
+    runpy.run_path(str(ROOT / "examples" / "zephyr_7b.py"), run_name="__main__")
+    assert iterations(hub) == ["iteration-0", "iteration-1", "iteration-2", "iteration-3"]
+    weights = {p.name for p in hub.glob("*/iteration-3/*.safetensors")}
+    assert weights == {"adapter_model.safetensors" if options else "model.safetensors"}
+
+
+def test_the_readme_is_tested():
+    assert len(PYTHON_BLOCKS) >= 3 and len(COMMANDS) >= 4
+    for path in re.findall(r"\]\((?!http)([\w./-]+)\)", README):
+        assert (ROOT / path).exists(), path
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
