@@ -517,6 +517,16 @@ def test_a_local_directory_and_a_live_model_are_the_same(model, tokenizer, datas
     assert F.mse_loss(p, make_model(tokenizer).lm_head.weight) > 0
 
 
+def test_a_model_from_another_trainer(dataset, tmp_path):
+    trainer = make_trainer(tmp_path / "a")
+    trainer.train()
+    # The same object goes on, a deep copy of it would generate with the weights of the original
+    make_trainer(tmp_path / "b", model=trainer.model).train()
+    with pytest.raises(ValueError, match="deep copy"):
+        make_trainer(tmp_path / "c", model=copy.deepcopy(trainer.model))
+    make_trainer(tmp_path / "d", model=copy.deepcopy(make_model(make_tokenizer())))
+
+
 def test_default_arguments(model, tokenizer, dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import copy
+import inspect
 import math
 import textwrap
 from collections import defaultdict
@@ -179,6 +180,8 @@ class SPINTrainer(DPOTrainer):
             raise ValueError("An evaluation dataset cannot be called 'train'. Rename it in `eval_dataset`.")
         for name, dataset in {"train": train_dataset, **eval_datasets}.items():
             _check_dataset(dataset, name)
+        if not isinstance(model, str):
+            _check_forward(model)
         # Kept for the model card: what a saved iteration goes back to
         self.base_model_id = model_id
         self.base_model_revision = (args.model_init_kwargs or {}).get("revision")
@@ -432,6 +435,19 @@ class SPINTrainer(DPOTrainer):
             model_name=model_name,
         )
         path.write_text(card)
+
+
+def _check_forward(model: PreTrainedModel | PeftModel):
+    # TRL trainers leave a patched `forward` on the model (trl 1.16, `add_fused_lm_head`). In a deep copy of such a model,
+    # it still calls the original: the copy would be trained, but the original would generate the opponent's answers.
+    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    patched = vars(base_model).get("forward")
+    original = patched and inspect.getclosurevars(patched).nonlocals.get("original_forward")
+    if getattr(original, "__self__", base_model) is not base_model:
+        raise ValueError(
+            "The model is a deep copy of a model that was used in a TRL trainer, and it generates with the weights of "
+            "that model instead of its own. Save it with `save_pretrained` and pass the path instead."
+        )
 
 
 def _check_dataset(dataset: Any, name: str):

@@ -1,0 +1,249 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Self-play fine-tuning from nothing, in a few minutes on a CPU and without a network.
+
+The task: given six letters, write them in any order, each once ("bdfkmp=" -> "kdbpfm"). There are 720 right answers per
+prompt, of which the data holds one; a sampler can repeat a letter, forget one or use another; a program can check it.
+
+1. TRL's SFTTrainer trains a small random Llama for one epoch on 6,000 such rows.
+2. SPINTrainer plays three iterations on the same rows.
+3. For comparison, the same SFT model gets more SFT instead, with the compute of the three iterations.
+
+What is printed is measured on 1,000 held-out prompts:
+
+```bash
+python examples/quickstart.py                # one run
+python examples/quickstart.py --num_seeds 5  # mean and standard error over five runs
+```
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import string
+import tempfile
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from trl_spin import SPINConfig, SPINTrainer
+
+
+ALPHABET, NUM_LETTERS = string.ascii_lowercase[:16], 6
+MAX_COMPLETION_LENGTH = 10
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--num_self_play_iterations", type=int, default=3)
+parser.add_argument("--num_seeds", type=int, default=1, help="Repeat with other data, weights and samples.")
+parser.add_argument("--num_rows", type=int, default=6000, help="Training rows.")
+parser.add_argument("--num_held_out", type=int, default=1000, help="Held-out prompts.")
+options = parser.parse_args()
+
+# Everything runs in float32 on the CPU, on data that fits one batch shape
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+
+# ---- Data, tokenizer, model ----
+
+
+def make_data(rng: random.Random) -> tuple[Dataset, Dataset]:
+    """Training and held-out rows, with no prompt in common."""
+    prompts = {}
+    while len(prompts) < options.num_held_out + options.num_rows:
+        letters = rng.sample(ALPHABET, NUM_LETTERS)
+        prompts["".join(sorted(letters)) + "="] = "".join(letters)
+        if len(prompts) == math.comb(len(ALPHABET), NUM_LETTERS):
+            break
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in prompts.items()]
+    rng.shuffle(rows)
+    return Dataset.from_list(rows[options.num_held_out :]), Dataset.from_list(rows[: options.num_held_out])
+
+
+def is_valid(prompt: str, answer: str) -> bool:
+    return "".join(sorted(answer)) + "=" == prompt
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "=", *ALPHABET])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # one token per character
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=32,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+# ---- Training ----
+
+
+def train_sft(model, tokenizer, dataset, num_epochs: int, learning_rate: float, batch_size: int, seed: int) -> str:
+    """Trains the model and returns the directory that holds it."""
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            tempfile.mkdtemp(),
+            num_train_epochs=num_epochs,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=batch_size,
+            warmup_steps=0.1,
+            seed=seed,
+            **COMMON,
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer.args.output_dir
+
+
+def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
+    """Plays self-play from an SFT model and returns the directory that holds the model of each iteration."""
+    args = SPINConfig(
+        tempfile.mkdtemp(),
+        num_self_play_iterations=options.num_self_play_iterations,
+        num_train_epochs=3,
+        learning_rate=5e-4,
+        beta=2.0,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=256,
+        precompute_ref_batch_size=256,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+        warmup_steps=0.1,
+        max_grad_norm=0.0,
+        seed=seed,
+        **COMMON,
+    )
+    trainer = SPINTrainer(model_path, args=args, train_dataset=dataset, eval_dataset=held_out)
+    trainer.train()
+    return args.output_dir
+
+
+# ---- Measurements on held-out prompts ----
+
+
+@torch.no_grad()
+def measure(model, tokenizer, held_out, seed: int) -> dict[str, float]:
+    """Share of valid answers among samples, and negative log-likelihood of the real answers in nats per token."""
+    torch.manual_seed(seed)
+    model.eval()
+    prompts = torch.tensor(tokenizer(held_out["prompt"][:])["input_ids"])  # all of one length
+    samples = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=MAX_COMPLETION_LENGTH,
+    )[:, prompts.size(1) :]
+    answers = tokenizer.batch_decode(samples, skip_special_tokens=True)
+    real = torch.tensor(tokenizer([answer + tokenizer.eos_token for answer in held_out["completion"]])["input_ids"])
+    logits = model(torch.cat([prompts, real], dim=1)).logits[:, prompts.size(1) - 1 : -1]
+    return {
+        "valid": statistics.fmean(map(is_valid, held_out["prompt"], answers)),
+        "nll": torch.nn.functional.cross_entropy(logits.flatten(0, 1), real.flatten()).item(),
+    }
+
+
+def run(seed: int) -> list[dict[str, float]]:
+    """One row of measurements for the SFT model and one for each iteration."""
+    set_seed(seed)
+    dataset, held_out = make_data(random.Random(seed))
+    tokenizer = make_tokenizer()
+    sft_path = train_sft(
+        make_model(tokenizer), tokenizer, dataset, num_epochs=1, learning_rate=2e-3, batch_size=32, seed=seed
+    )
+    start = measure(LlamaForCausalLM.from_pretrained(sft_path), tokenizer, held_out, seed)
+    rows = [{**start, "sft_valid": start["valid"], "sft_nll": start["nll"]}]
+
+    output_dir = train_spin(sft_path, dataset, held_out, seed)
+    more_sft = LlamaForCausalLM.from_pretrained(sft_path)
+    for iteration in range(options.num_self_play_iterations):
+        directory = f"{output_dir}/iteration-{iteration}"
+        with open(f"{directory}/self_play.json") as file:
+            record = json.load(file)
+        model = LlamaForCausalLM.from_pretrained(directory)
+        # An iteration trains on 2 sequences per row in 3 passes, and generates and scores them: that is 7 epochs of SFT
+        train_sft(more_sft, tokenizer, dataset, num_epochs=7, learning_rate=1e-3, batch_size=64, seed=seed + iteration)
+        baseline = measure(more_sft, tokenizer, held_out, seed + iteration)
+        rows.append(
+            {
+                **measure(model, tokenizer, held_out, seed + iteration),
+                "accuracy": record["eval_rewards/accuracies"],
+                "margin": record["eval_rewards/margins"],
+                "real": record["eval_self_play/mean_length_real"],
+                "generated": record["eval_self_play/mean_length_generated"],
+                "truncated": record["eval_self_play/truncated"],
+                "identical": record["eval_self_play/identical"],
+                "sft_valid": baseline["valid"],
+                "sft_nll": baseline["nll"],
+            }
+        )
+    return rows
+
+
+def print_table(runs: list[list[dict[str, float]]]):
+    columns = list(runs[0][-1])
+    titles = {"nll": "NLL", "real": "len real", "generated": "len gen.", "sft_valid": "valid", "sft_nll": "NLL"}
+    width = 7 if len(runs) == 1 else 13
+    width = max(width, 9)
+    print()
+    print(f"{'':14}" + f"{'held out: self-play':<{8 * width}}" + " | more SFT instead")
+    header = f"{'':14}" + "".join(f"{titles.get(column, column):>{width}}" for column in columns)
+    print(header[: 14 + 8 * width] + " |" + header[14 + 8 * width :])
+    for i in range(len(runs[0])):
+        line = f"{'SFT model' if i == 0 else f'iteration {i - 1}':14}"
+        for column in columns:
+            values = [rows[i][column] for rows in runs if column in rows[i]]
+            text = f"{statistics.fmean(values):.3f}" if values else ""
+            if len(values) > 1:
+                text += f" ±{statistics.stdev(values) / len(values) ** 0.5:.3f}"
+            line += (" |" if column == "sft_valid" else "") + f"{text:>{width}}"
+        print(line)
+
+
+if __name__ == "__main__":
+    runs = []
+    for seed in range(options.num_seeds):
+        runs.append(run(seed))
+        print_table(runs)
