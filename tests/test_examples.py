@@ -19,6 +19,7 @@ import re
 import runpy
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from trl_spin.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = [(m[1], m[2]) for m in re.finditer(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)]
+BLOCKS = [(m[2], textwrap.dedent(m[3])) for m in re.finditer(r"^( *)```(\w+)\n(.*?)^\1```", README, re.M | re.S)]
 PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [
     shlex.split(line)
