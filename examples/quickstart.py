@@ -38,10 +38,12 @@ import statistics
 import string
 import tempfile
 
+import datasets
 import torch
+import transformers
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_spin import SPINConfig, SPINTrainer
@@ -133,6 +135,7 @@ def train_sft(model, tokenizer, dataset, num_epochs: int, learning_rate: float, 
         train_dataset=dataset,
         processing_class=tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
     return trainer.args.output_dir
@@ -151,11 +154,11 @@ def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
         precompute_ref_batch_size=256,
         max_completion_length=MAX_COMPLETION_LENGTH,
         warmup_steps=0.1,
-        max_grad_norm=0.0,
         seed=seed,
         **COMMON,
     )
     trainer = SPINTrainer(model_path, args=args, train_dataset=dataset, eval_dataset=held_out)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return args.output_dir
 
@@ -187,6 +190,7 @@ def measure(model, tokenizer, held_out, seed: int) -> dict[str, float]:
 
 def run(seed: int) -> list[dict[str, float]]:
     """One row of measurements for the SFT model and one for each iteration."""
+    print(f"Seed {seed}: supervised fine-tuning on {options.num_rows} rows ...", flush=True)
     set_seed(seed)
     dataset, held_out = make_data(random.Random(seed))
     tokenizer = make_tokenizer()
@@ -196,7 +200,9 @@ def run(seed: int) -> list[dict[str, float]]:
     start = measure(LlamaForCausalLM.from_pretrained(sft_path), tokenizer, held_out, seed)
     rows = [{**start, "sft_valid": start["valid"], "sft_nll": start["nll"]}]
 
+    print(f"{options.num_self_play_iterations} iterations of self-play ...", flush=True)
     output_dir = train_spin(sft_path, dataset, held_out, seed)
+    print("More supervised fine-tuning instead ...", flush=True)
     more_sft = LlamaForCausalLM.from_pretrained(sft_path)
     for iteration in range(options.num_self_play_iterations):
         directory = f"{output_dir}/iteration-{iteration}"
@@ -223,26 +229,50 @@ def run(seed: int) -> list[dict[str, float]]:
 
 
 def print_table(runs: list[list[dict[str, float]]]):
-    columns = list(runs[0][-1])
-    titles = {"nll": "NLL", "real": "len real", "generated": "len gen.", "sft_valid": "valid", "sft_nll": "NLL"}
-    width = 7 if len(runs) == 1 else 13
-    width = max(width, 9)
-    print()
-    print(f"{'':14}" + f"{'held out: self-play':<{8 * width}}" + " | more SFT instead")
-    header = f"{'':14}" + "".join(f"{titles.get(column, column):>{width}}" for column in columns)
-    print(header[: 14 + 8 * width] + " |" + header[14 + 8 * width :])
+    """Mean over the runs and, with several of them, its standard error."""
+    titles = {
+        "valid": "valid",
+        "nll": "NLL",
+        "accuracy": "accuracy",
+        "margin": "margin",
+        "real": "length real",
+        "generated": "generated",
+        "truncated": "truncated",
+        "identical": "identical",
+        "sft_valid": "valid",
+        "sft_nll": "NLL",
+    }
+    table = [["", *titles.values()]]
     for i in range(len(runs[0])):
-        line = f"{'SFT model' if i == 0 else f'iteration {i - 1}':14}"
-        for column in columns:
+        table.append(["SFT model" if i == 0 else f"iteration {i - 1}"])
+        for column in titles:
             values = [rows[i][column] for rows in runs if column in rows[i]]
-            text = f"{statistics.fmean(values):.3f}" if values else ""
+            cell = f"{statistics.fmean(values):.3f}" if values else ""
             if len(values) > 1:
-                text += f" ±{statistics.stdev(values) / len(values) ** 0.5:.3f}"
-            line += (" |" if column == "sft_valid" else "") + f"{text:>{width}}"
-        print(line)
+                cell += f" ±{statistics.stdev(values) / len(values) ** 0.5:.3f}"
+            table[-1].append(cell)
+    for line in table:
+        line.insert(-2, "|")
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print(
+        f"\nHeld-out prompts, {len(runs)} run{'s' if len(runs) > 1 else ''}. Left: self-play. Right: more SFT instead.\n"
+    )
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+    def mean(i: int, column: str) -> float:
+        return statistics.fmean(rows[i][column] for rows in runs)
+
+    print(
+        f"\nSelf-play took the share of valid answers from {mean(0, 'valid'):.3f} to {mean(-1, 'valid'):.3f} and the NLL "
+        f"from {mean(0, 'nll'):.3f} to {mean(-1, 'nll'):.3f}. More SFT with the same compute took them to "
+        f"{mean(-1, 'sft_valid'):.3f} and {mean(-1, 'sft_nll'):.3f}."
+    )
 
 
 if __name__ == "__main__":
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     runs = []
     for seed in range(options.num_seeds):
         runs.append(run(seed))

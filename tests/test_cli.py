@@ -160,6 +160,16 @@ def test_qlora_by_flags_alone(sft, monkeypatch):
         run(monkeypatch, [*command_line(sft, "run4"), "--load_in_4bit"])
 
 
+def test_a_run_goes_on_with_more_iterations(sft, monkeypatch):
+    options = {"save_strategy": "epoch", "lr_scheduler_type": "constant"}
+    run(monkeypatch, command_line(sft, "straight", num_self_play_iterations=3, **options))
+    run(monkeypatch, command_line(sft, "resumed", **options))
+    with pytest.raises(ValueError, match="--resume_from_checkpoint true"):
+        run(monkeypatch, command_line(sft, "resumed", **options))
+    run(monkeypatch, command_line(sft, "resumed", num_self_play_iterations=3, resume_from_checkpoint=True, **options))
+    assert_equal_weights(*(sft / run / "iteration-2" / "model.safetensors" for run in ("straight", "resumed")))
+
+
 def test_help_is_complete():
     result = subprocess.run([sys.executable, "-m", "trl_spin", "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -139,6 +139,16 @@ def test_generation_and_training_see_the_same_prompt_and_one_end_token(name, tmp
     assert item["prompt_ids"] == trainer.games["train"].pairs[0][0]["prompt_ids"]
 
 
+def test_what_is_ignored_is_said_once(tokenizer, caplog):
+    rows = [{"prompt": "Sky?", "chosen": "Blue.", "rejected": "Red."}] * 3
+    for _ in range(2):
+        args = make_args("unused")
+        dataset = Dataset.from_list(rows)
+        end_token_ids = find_end_token_ids(dataset, "preferences", tokenizer, args, [])
+        prepare_dataset(dataset, "preferences", tokenizer, args, end_token_ids, 512)
+    assert caplog.text.count("`rejected` is ignored") == 1
+
+
 def test_rows_that_cannot_be_played_are_left_out_and_counted(tokenizer, caplog):
     rows = [
         {"messages": [USER, ASSISTANT]},

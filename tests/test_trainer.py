@@ -22,7 +22,13 @@ import torch.nn.functional as F
 from conftest import make_args, make_dataset, make_model, make_tokenizer
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+)
 from trl import DPOConfig, DPOTrainer
 
 from trl_spin import SPINConfig, SPINTrainer
@@ -503,13 +509,19 @@ def test_datasets_that_cannot_be_played_are_refused(model, tokenizer, dataset, t
         SPINTrainer(model, args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=dataset)
 
 
-def test_a_local_directory_and_a_live_model_are_the_same(model, tokenizer, dataset, tmp_path):
+def test_a_local_directory_and_a_live_model_are_the_same(model, tokenizer, dataset, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "sft")
     tokenizer.save_pretrained(tmp_path / "sft")
+    built = []
+    init = LlamaForCausalLM.__init__
+    monkeypatch.setattr(
+        LlamaForCausalLM, "__init__", lambda self, *a, **kw: (built.append(1), init(self, *a, **kw))[1]
+    )
     from_path = SPINTrainer(
         str(tmp_path / "sft"), args=make_args(tmp_path / "a"), train_dataset=dataset.select(range(6))
     )
     from_path.train()
+    assert len(built) == 1  # there is never a second model
     live = make_trainer(tmp_path / "b", tokenizer, model=model, dataset=dataset.select(range(6)))
     live.train()
     for p, q in zip(from_path.model.parameters(), live.model.parameters(), strict=True):

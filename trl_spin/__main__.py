@@ -113,7 +113,9 @@ def run(script_args, training_args, model_args, dataset_args):
         peft_config=get_peft_config(model_args),
     )
     trainer.dataset_name = script_args.dataset_name or ", ".join(part.path for part in dataset_args.datasets)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    # The command line passes text: "true" stands for the newest checkpoint in `output_dir`
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
 
     trainer.save_model(training_args.output_dir)
     logger.info(f"Model saved to {training_args.output_dir}, each iteration's model to its `iteration-<t>` folder.")

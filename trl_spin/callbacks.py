@@ -63,7 +63,8 @@ class SelfPlayCallback(TrainerCallback):
         if state.global_step == 0 and used.exists():
             raise ValueError(
                 f"`output_dir` ({args.output_dir}) holds the games of another run ({used}), and runs are never mixed. "
-                "Continue that run with `trainer.train(resume_from_checkpoint=True)`, or choose a new `output_dir`."
+                "Continue that run with `trainer.train(resume_from_checkpoint=True)` (`--resume_from_checkpoint true`), "
+                "or choose a new `output_dir`."
             )
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):

@@ -192,7 +192,7 @@ def _find_columns(dataset: Dataset, name: str, args: SPINConfig) -> tuple[Datase
         )
         return dataset, None, "real"
     if "chosen" in columns:
-        logger.warning(
+        logger.warning_once(
             f"The {name} dataset holds preferences: `chosen` is used as the real answer, `rejected` is ignored."
         )
         if "prompt" not in columns:

@@ -34,6 +34,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from trl.distributed import DistributedBackend
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
@@ -326,6 +327,7 @@ def generate(
             gather_deepspeed3_params=args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         ) as unwrapped_model,
+        DistributedBackend(accelerator).summon_full_params(model, recurse=False),
         accelerator.autocast(),
     ):
         unwrapped_model.eval()

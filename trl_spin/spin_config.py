@@ -80,10 +80,10 @@ class SPINConfig(DPOConfig):
         reset_optimizer_state (`bool`, *optional*, defaults to `True`):
             Whether to reset the optimizer's state at each iteration, as separate runs would.
         initial_loss_tolerance (`float`, *optional*):
-            Largest |λ·log-ratio|, averaged over the first batch of an iteration, that passes as zero. At that point
-            the policy is the reference, so the log-ratios are 0 and the loss is ℓ(0) (log 2 for the logistic loss);
-            anything else means a wrong reference, and the run stops. Defaults to `1e-3` in float32 and to `0.1` in
-            mixed or half precision.
+            How far from ℓ(0) (log 2 for the logistic loss) an iteration may start. The policy is the reference at that
+            point, so the log-ratio of an answer must be 0: it may deviate, in the mean of the first batch, by this many
+            nats times the square root of the answer's length, as rounding errors do. Anything more means a wrong
+            reference, and the run stops. Defaults to `1e-3` in float32 and to `0.1` in mixed or half precision.
 
         > Parameters that control the data preprocessing
 
@@ -198,10 +198,11 @@ class SPINConfig(DPOConfig):
     initial_loss_tolerance: float | None = field(
         default=None,
         metadata={
-            "help": "Largest |λ·log-ratio|, averaged over the first batch of an iteration, that passes as zero. At "
-            "that point the policy is the reference, so the log-ratios are 0 and the loss is ℓ(0) (log 2 for the "
-            "logistic loss); anything else means a wrong reference, and the run stops. Defaults to `1e-3` in float32 "
-            "and to `0.1` in mixed or half precision."
+            "help": "How far from ℓ(0) (log 2 for the logistic loss) an iteration may start. The policy is the "
+            "reference at that point, so the log-ratio of an answer must be 0: it may deviate, in the mean of the first "
+            "batch, by this many nats times the square root of the answer's length, as rounding errors do. Anything "
+            "more means a wrong reference, and the run stops. Defaults to `1e-3` in float32 and to `0.1` in mixed or "
+            "half precision."
         },
     )
 

@@ -338,12 +338,15 @@ class SPINTrainer(DPOTrainer):
             result = (loss, outputs) if return_outputs else loss
 
         metrics = self._metrics[mode]
-        num_tokens = inputs["completion_mask"].chunk(2, dim=0)[0].sum(dim=1)
-        num_tokens = self.accelerator.gather(num_tokens)
-        self._real_nll[mode][0] -= metrics["logps/chosen"][-1] * len(num_tokens)
-        self._real_nll[mode][1] += num_tokens.sum().item()
+        num_real, num_generated = (
+            self.accelerator.gather(mask.sum(dim=1)).float() for mask in inputs["completion_mask"].chunk(2, dim=0)
+        )
+        self._real_nll[mode][0] -= metrics["logps/chosen"][-1] * len(num_real)
+        self._real_nll[mode][1] += num_real.sum().item()
         if mode == "train" and self._check_next_loss:
-            self._check_initial_loss(metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1])
+            loss = (result[0] if return_outputs else result).detach()
+            metrics["self_play/initial_loss"].append(self.accelerator.gather(loss).mean().item())
+            self._check_initial_loss(num_real.mean().item(), num_generated.mean().item())
             self._check_next_loss = False
         return result
 
@@ -362,21 +365,25 @@ class SPINTrainer(DPOTrainer):
         kept = {key: value[rows if key.startswith("ref_") else both] for key, value in inputs.items()}
         return kept, keep / len(played)
 
-    def _check_initial_loss(self, real: float, generated: float):
+    def _check_initial_loss(self, num_real: float, num_generated: float):
         """At the first step of an iteration the policy is the reference: the log-ratios are 0 and the loss is ℓ(0)."""
+        metrics = self._metrics["train"]
         tolerance = self.args.initial_loss_tolerance
         if tolerance is None:
             exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
             tolerance = 1e-3 if exact else 0.1
+        # Rounding errors of the tokens add up to about the square root of their number
+        real = metrics["rewards/chosen"][-1] / self.beta / math.sqrt(num_real)
+        generated = metrics["rewards/rejected"][-1] / self.beta / math.sqrt(num_generated)
         if not max(abs(real), abs(generated)) <= tolerance:
             raise ValueError(
-                f"Iteration {self.self_play_iteration} does not start at ℓ(0) ({math.log(2):.4f} for the logistic "
-                "loss): the model that is trained is the reference at this point, so λ·log(p_θ/p_ref) must be 0 to a "
-                f"tolerance of {tolerance}, but it is {real:.4f} for the real and {generated:.4f} for the generated "
-                "answers. The stored reference log-probs do not belong to this model in training. Usual causes: "
-                "dropout that is on in training (`disable_dropout=False`), a `data_collator` that changes the "
-                "sequences, a callback that changed the weights, or rounding in half precision with a large λ "
-                "(`beta`), for which `initial_loss_tolerance` can be raised."
+                f"Iteration {self.self_play_iteration} does not start at ℓ(0). The model that is trained is the reference "
+                "at this point, so log(p_θ/p_ref) must be 0 and the first loss ℓ(0), log 2 = 0.6931 for the logistic "
+                f"loss. But the loss is {metrics['self_play/initial_loss'][-1]:.4f}, and the log-ratio over the square "
+                f"root of the length is {real:.4g} for the real and {generated:.4g} for the generated answers, beyond "
+                f"`initial_loss_tolerance` ({tolerance}). The stored reference log-probs do not belong to this model in "
+                "training. Usual causes: dropout that is on in training (`disable_dropout=False`), a `data_collator` "
+                "that changes the sequences, or a callback that changed the weights."
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
