@@ -134,20 +134,20 @@ def test_zephyr_script(options, hub, tiny_defaults, monkeypatch):
 
 
 def test_quickstart(capsys, monkeypatch):
-    arguments = {"num_rows": 64, "num_held_out": 32, "num_self_play_iterations": 2, "num_seeds": 2}
+    arguments = {"num_rows": 64, "num_held_out": 32, "num_self_play_iterations": 3, "num_seeds": 2}
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *(f"--{key}={value}" for key, value in arguments.items())])
     runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
     table = capsys.readouterr().out.split("Held-out prompts, 2 runs")[1].splitlines()
-    header, sft, *iterations = table[2:6]
+    header, sft, *iterations = table[2:7]
     assert header.split() == (
         "valid NLL accuracy margin length real generated truncated identical | valid NLL".split()
     )
-    for line, numbers in zip([sft, *iterations], (4, 10, 10), strict=True):
+    for line, numbers in zip([sft, *iterations], (4, 10, 10, 10), strict=True):
         measured = [float(number) for number in re.findall(r"(-?[\d.]+) ±[\d.]+", line)]
         assert len(measured) == numbers, line
         assert 0 <= measured[0] <= 1 and measured[1] > 0  # share of valid answers, negative log-likelihood
-    assert iterations[1].split()[:2] == ["iteration", "1"]
-    assert table[7].startswith("Self-play took the share of valid answers from")
+    assert iterations[2].split()[:2] == ["iteration", "2"]
+    assert table[8].startswith("Self-play took the share of valid answers from")
 
 
 def test_the_readme_is_tested():

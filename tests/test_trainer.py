@@ -480,7 +480,7 @@ def test_a_reference_model_contradicts_spin(model, tokenizer, dataset, tmp_path)
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"num_train_epochs": 1.5}, "whole passes"),
-        ({"beta": [0.1, 0.2, 0.3]}, "3 values"),
+        ({"beta": []}, "empty list"),
         ({"num_self_play_iterations": 0}, "at least 1"),
         ({"truncated_completions": "shorten"}, "shorten"),
         ({"temperature": -1.0}, "temperature"),
@@ -491,6 +491,13 @@ def test_a_reference_model_contradicts_spin(model, tokenizer, dataset, tmp_path)
 def test_options_that_contradict_the_game_are_refused(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **kwargs)
+
+
+def test_values_per_iteration(tmp_path):
+    assert make_args(tmp_path, num_self_play_iterations=3, beta=[0.1, "5"]).per_iteration("beta") == [0.1, 5.0, 5.0]
+    with pytest.warns(UserWarning, match="3 values"):  # a recipe of three iterations, cut to two
+        args = make_args(tmp_path, num_self_play_iterations=2, beta=[0.1, 0.2, 0.3])
+    assert args.per_iteration("beta") == [0.1, 0.2]
 
 
 def test_datasets_that_cannot_be_played_are_refused(model, tokenizer, dataset, tmp_path):

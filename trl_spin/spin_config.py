@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -348,10 +349,13 @@ class SPINConfig(DPOConfig):
     def _as_schedule(self, name: str) -> float | list[float]:
         value = getattr(self, name)
         values = [float(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
-        if not 1 <= len(values) <= self.num_self_play_iterations:
-            raise ValueError(
-                f"`{name}` has {len(values)} values, {values}, for `num_self_play_iterations="
-                f"{self.num_self_play_iterations}`. Give one value, or at most one per iteration."
+        if not values:
+            raise ValueError(f"`{name}` is an empty list. Give one value, or one per iteration.")
+        if len(values) > self.num_self_play_iterations:
+            warnings.warn(
+                f"`{name}` has {len(values)} values, {values}, but there are only {self.num_self_play_iterations} "
+                "iterations (`num_self_play_iterations`): the last values are not used.",
+                stacklevel=4,
             )
         if name == "num_train_epochs":
             if any(v < 1 or v != int(v) for v in values):
@@ -375,4 +379,5 @@ class SPINConfig(DPOConfig):
         """
         value = getattr(self, name)
         values = value if isinstance(value, list) else [value]
-        return values + values[-1:] * (self.num_self_play_iterations - len(values))
+        values = values + values[-1:] * (self.num_self_play_iterations - len(values))
+        return values[: self.num_self_play_iterations]
