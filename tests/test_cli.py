@@ -137,6 +137,8 @@ def test_a_mixture_of_datasets_and_evaluation(sft, monkeypatch):
     assert record["eval_nll/real"] > 0
     with pytest.raises(ValueError, match="exactly one source"):
         run(monkeypatch, arguments)
+    with pytest.raises(ValueError, match="model_name_or_path"):
+        run(monkeypatch, ["--output_dir", str(sft / "run2"), "--use_cpu", "--dataset_name", "data.jsonl"])
 
 
 def test_qlora_by_flags_alone(sft, monkeypatch):

@@ -103,6 +103,10 @@ def run(script_args, training_args, model_args, dataset_args):
         **(training_args.model_init_kwargs or {}),
     }
 
+    if model_args.model_name_or_path is None:
+        raise ValueError(
+            "`--model_name_or_path` is required: the supervised fine-tuned model that self-play starts from."
+        )
     dataset = load_data(script_args, dataset_args)
     trainer = SPINTrainer(
         model=model_args.model_name_or_path,

@@ -357,6 +357,8 @@ class SPINConfig(DPOConfig):
                 "iterations (`num_self_play_iterations`): the last values are not used.",
                 stacklevel=4,
             )
+        if name == "learning_rate" and len(values) > 1 and not all(v > 0 for v in values):
+            raise ValueError(f"`learning_rate` must be positive in every iteration, got {values}.")
         if name == "num_train_epochs":
             if any(v < 1 or v != int(v) for v in values):
                 raise ValueError(

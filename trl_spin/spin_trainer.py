@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import PeftConfig, PeftModel
@@ -46,8 +45,6 @@ from .game import GameDataset
 from .model_card import add_self_play_section, read_records
 from .spin_config import SPINConfig
 
-
-logger = get_logger(__name__)
 
 # ℓ(0) of the losses that depend on a pair through its margin alone. For these, a pair of equal answers has zero
 # gradient and need not go through the model.
@@ -287,7 +284,7 @@ class SPINTrainer(DPOTrainer):
                     f"`lr_scheduler_type={self.args.lr_scheduler_type!r}` depends on more than the step, so it cannot "
                     "restart at each iteration. Use 'linear', 'cosine' or another schedule of the step."
                 )
-            scale = learning_rate / learning_rates[0]
+            scale = learning_rate / learning_rates[0] if learning_rate != learning_rates[0] else 1.0
             factors += [scale * schedule.lr_lambdas[0](step) for step in range(num_epochs * self.steps_per_epoch)]
         optimizer = self.optimizer if optimizer is None else optimizer
         self.lr_scheduler = LambdaLR(optimizer, lambda step: factors[min(step, len(factors) - 1)])
