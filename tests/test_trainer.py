@@ -307,6 +307,25 @@ def test_a_wrong_reference_stops_the_run(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "at_zero"),
+    [
+        (["hinge"], 1.0),
+        (["ipo"], (1 / (2 * 0.1)) ** 2),
+        (["bco_pair"], 2 * math.log(2)),
+        (["apo_zero"], 1.0),
+        (["sigmoid", "hinge"], math.log(2) + 1.0),
+    ],
+    ids=str,
+)
+def test_losses_of_dpo_trainer(tmp_path, loss_type, at_zero):
+    # Some pairs are not played, which only the losses of the margin may leave out of the forward pass
+    trainer = make_trainer(tmp_path, loss_type=loss_type, truncated_completions="drop")
+    trainer.train()
+    assert 0 < sum(load_game(str(tmp_path), 0)["train"]["played"]) < 12
+    assert first_losses(trainer) == [pytest.approx(at_zero, abs=1e-4)] * 2
+
+
 def test_live_dropout(tmp_path):
     tokenizer = make_tokenizer()
     trainer = make_trainer(tmp_path / "off", tokenizer, model=make_model(tokenizer, attention_dropout=0.5))
