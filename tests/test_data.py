@@ -139,6 +139,20 @@ def test_generation_and_training_see_the_same_prompt_and_one_end_token(name, tmp
     assert item["prompt_ids"] == trainer.games["train"].pairs[0][0]["prompt_ids"]
 
 
+def test_a_subset_keeps_the_rows_numbers(tokenizer, tmp_path):
+    dataset = make_dataset(30)
+    trainer = SPINTrainer(
+        make_model(tokenizer),
+        args=make_args(tmp_path, max_prompts=8),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    rows = trainer.games["train"].rows
+    assert len(set(rows["row"])) == len(rows) == 8 and max(rows["row"]) >= 8
+    for row in rows:
+        assert tokenizer.decode(row["real_ids"]) == dataset[row["row"]]["messages"][1]["content"] + "<|im_end|>"
+
+
 def test_what_is_ignored_is_said_once(tokenizer, caplog):
     rows = [{"prompt": "Sky?", "chosen": "Blue.", "rejected": "Red."}] * 3
     for _ in range(2):

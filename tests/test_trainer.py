@@ -323,6 +323,7 @@ def test_losses_of_dpo_trainer(tmp_path, loss_type, at_zero):
     trainer = make_trainer(tmp_path, loss_type=loss_type, truncated_completions="drop")
     trainer.train()
     assert 0 < sum(load_game(str(tmp_path), 0)["train"]["played"]) < 12
+    assert trainer._skip_unplayed == (set(loss_type) <= {"sigmoid", "hinge"})
     assert first_losses(trainer) == [pytest.approx(at_zero, abs=1e-4)] * 2
 
 

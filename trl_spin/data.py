@@ -36,7 +36,7 @@ _FEATURES = Features(
         "left_out": Value("string"),
     }
 )
-# Why a row is left out before generation, for the log. The keys are metric names.
+# Why a row is left out before generation
 LEFT_OUT = {
     "too_long": "prompt and real answer do not fit `max_length`",
     "empty_real": "the real answer is empty",
@@ -53,6 +53,7 @@ def prepare_dataset(
     args: SPINConfig,
     end_token_ids: list[int],
     max_length: int | None,
+    rows: list[int] | None = None,
 ) -> tuple[Dataset, Counter]:
     """
     Turns SFT rows into token ids.
@@ -73,6 +74,8 @@ def prepare_dataset(
             Ids that end an answer.
         max_length (`int` or `None`):
             Longest prompt plus real answer, in tokens.
+        rows (`list[int]`, *optional*):
+            Indices of the rows to take. Defaults to all.
 
     Returns:
         `tuple[Dataset, Counter]`: Dataset with the columns `row` (index in `dataset`), `prompt_ids` and `real_ids`, and
@@ -81,11 +84,14 @@ def prepare_dataset(
     Raises:
         `ValueError` or `TypeError`: If a column or a row cannot be used; the message names it.
     """
+    if rows is not None:
+        dataset = dataset.select(rows)
     dataset, prompt_column, answer_column = _find_columns(dataset, name, args)
     encoded = dataset.map(
         _encode_row,
         with_indices=True,
         fn_kwargs={
+            "rows": rows,
             "name": name,
             "columns": (prompt_column, answer_column),
             "tokenizer": tokenizer,
@@ -316,8 +322,9 @@ def _split_rendered(tokenizer, prompt: list[dict], answer: dict, kwargs: dict, w
 
 
 def _encode_row(
-    row, index, name, columns, tokenizer, end_token_ids, max_length, first_turn_only, chat_template_kwargs
+    row, index, rows, name, columns, tokenizer, end_token_ids, max_length, first_turn_only, chat_template_kwargs
 ) -> dict[str, Any]:
+    index = index if rows is None else rows[index]
     where = f"Row {index} of the {name} dataset"
     prompt, answer, template_kwargs = _split_row(row, index, name, columns, first_turn_only, chat_template_kwargs)
     if conversational := isinstance(prompt, list):

@@ -15,6 +15,7 @@
 import copy
 import inspect
 import math
+import random
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
@@ -215,7 +216,7 @@ class SPINTrainer(DPOTrainer):
                 if isinstance(getattr(module, "attention_dropout", None), float):
                     module.attention_dropout = 0.0
         self.self_play_iteration = 0
-        self._skip_unplayed = set(self.loss_types) <= _MARGIN_LOSS_AT_ZERO.keys() and not self.use_weighting
+        self._skip_unplayed = False
         self._check_next_loss = False
         self._real_nll = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # summed log-probs and tokens of the real answers
         self.add_callback(SelfPlayCallback(self))
@@ -238,11 +239,12 @@ class SPINTrainer(DPOTrainer):
             context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             lengths = [length for length in (self.args.max_length, context) if length is not None]
             self.max_length = min(lengths) if lengths else None
+        subset = None
         if name == "train" and self.args.max_prompts is not None and self.args.max_prompts < len(dataset):
-            dataset = dataset.shuffle(seed=self.args.seed).select(range(self.args.max_prompts))
+            subset = random.Random(self.args.seed).sample(range(len(dataset)), self.args.max_prompts)
         with self.args.main_process_first(desc=f"Tokenizing {name} dataset"):
             rows, left_out = prepare_dataset(
-                dataset, name, self._tokenizer, self.args, self.end_token_ids, self.max_length
+                dataset, name, self._tokenizer, self.args, self.end_token_ids, self.max_length, subset
             )
         self.left_out[name] = dict(left_out)
         self.games[name] = GameDataset(name, rows)
@@ -303,6 +305,9 @@ class SPINTrainer(DPOTrainer):
         self.beta = self.args.per_iteration("beta")[iteration]
         first_step = sum(self.args.per_iteration("num_train_epochs")[:iteration]) * self.steps_per_epoch
         self._check_next_loss = self.state.global_step == first_step
+        # Where every pair is played, as is usual, there is nothing to look for in the batches
+        margin_loss = set(self.loss_types) <= _MARGIN_LOSS_AT_ZERO.keys() and not self.use_weighting
+        self._skip_unplayed = margin_loss and not all(all(pairs["played"]) for pairs in self.games["train"].pairs)
 
     # ---- Loss and metrics ----
 
