@@ -22,13 +22,15 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from trl_spin import SPINTrainer
 from trl_spin.generation import generate, generate_batch, length_sorted_batches, row_seed, sampling_processors
+from trl_spin.resume import StopSignal
 
 
 def answer(model, tokenizer, prompts, tmp_path, seeds=None, max_length=None, end_token_ids=None, **kwargs):
-    args = make_args(tmp_path, **kwargs)
+    args, accelerator = make_args(tmp_path, **kwargs), Accelerator(cpu=True)
     return generate(
         model,
-        Accelerator(cpu=True),
+        accelerator,
+        StopSignal(accelerator),
         args,
         prompts,
         seeds or [row_seed(0, i) for i in range(len(prompts))],
@@ -166,8 +168,8 @@ def test_batches_are_sorted_by_length_and_keep_the_budget():
 def test_prompts_come_back_as_the_model_saw_them(model, tokenizer, prompts, tmp_path):
     args = make_args(tmp_path)
     config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
-    seen = []
+    seen, stop = [], StopSignal(Accelerator(cpu=True))
     model.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["input_ids"]), with_kwargs=True)
-    answers = generate_batch(model, config, sampling_processors(args, [1] * 5, model.device), prompts, [3] * 5)
+    answers = generate_batch(model, config, sampling_processors(args, [1] * 5, model.device), stop, prompts, [3] * 5)
     for row, a, prompt in zip(seen[0], answers, prompts, strict=True):
         assert a["prompt_ids"] == prompt == [t for t in row.tolist() if t != tokenizer.pad_token_id]

@@ -33,6 +33,7 @@ ADDED_FIELDS = {
     "cache_implementation",
     "chat_template_kwargs",
     "completion_column",
+    "dry_run",
     "ds3_gather_for_generation",
     "first_turn_only",
     "generation_kwargs",
@@ -59,6 +60,7 @@ OVERRIDES = {
     "_compute_loss",
     "_precompute_ref_logps",
     "_prepare_dataset",
+    "_save_checkpoint",
     "compute_ref_log_probs",
     "create_model_card",
     "create_scheduler",
@@ -67,8 +69,17 @@ OVERRIDES = {
     "log",
     "push_to_hub",
     "set_initial_training_values",
+    "train",
 }
-ATTRIBUTES = {"_created_lr_scheduler", "_metrics", "_tokenizer", "loss_types", "loss_weights", "use_weighting"}
+ATTRIBUTES = {
+    "_created_lr_scheduler",
+    "_metrics",
+    "_total_train_tokens",
+    "_tokenizer",
+    "loss_types",
+    "loss_weights",
+    "use_weighting",
+}
 
 
 def test_exported_names():
@@ -128,7 +139,7 @@ def test_overrides_exist_upstream_and_are_called(tmp_path, monkeypatch):
     tokenizer = make_tokenizer()
     trainer = SPINTrainer(
         make_model(tokenizer),
-        args=make_args(tmp_path),
+        args=make_args(tmp_path, save_strategy="epoch"),
         train_dataset=make_dataset(),
         eval_dataset=make_dataset(4),
         processing_class=tokenizer,

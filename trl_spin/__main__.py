@@ -120,6 +120,8 @@ def run(script_args, training_args, model_args, dataset_args):
     resume = training_args.resume_from_checkpoint
     # The command line passes text: "true" stands for the newest checkpoint in `output_dir`
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    if training_args.dry_run:
+        return trainer
 
     trainer.save_model(training_args.output_dir)
     logger.info(f"Model saved to {training_args.output_dir}, each iteration's model to its `iteration-<t>` folder.")

@@ -12,22 +12,40 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import copy
+import hashlib
 import json
+import math
 import shutil
 import time
-from importlib.metadata import version
-from itertools import accumulate
+from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, concatenate_datasets
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
-from .game import MANIFEST, PAIR_FEATURES, iteration_dir, load_game, store_game, with_reference_logps
+from .game import (
+    PAIR_FEATURES,
+    GameDataset,
+    find_game_fault,
+    iteration_dir,
+    load_game,
+    read_answers,
+    read_manifest,
+    store_game,
+    with_reference_logps,
+    write_answers,
+)
 from .generation import generate, length_sorted_batches, map_batches, row_seed
 from .model_card import RECORD
+from .preflight import check_disk, make_plan
+from .resume import explain_out_of_memory, explain_write_error, library_versions, on_main_process, weights_fingerprint
 from .spin_config import SPINConfig
 
 
@@ -36,7 +54,18 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_SAMPLING_OPTIONS = ("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Options that a generated answer depends on, beside opponent, prompt and seed
+_SAMPLING_OPTIONS = (
+    *("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("generation_kwargs", "cache_implementation"),
+)
+# Options that decide what becomes of it
+_PAIR_OPTIONS = ("truncated_completions", "play_empty_completions", "opponent_history")
+_REHEARSAL_TOKENS = 16
+
+
+class DryRun(Exception):
+    """The plan was printed, and no more was asked for."""
 
 
 class SelfPlayCallback(TrainerCallback):
@@ -53,32 +82,39 @@ class SelfPlayCallback(TrainerCallback):
 
     def __init__(self, trainer: "SPINTrainer"):
         self.trainer = trainer
-        # First epoch of each iteration, and the number of epochs
-        self.boundaries = [0, *accumulate(trainer.args.per_iteration("num_train_epochs"))]
 
     def on_train_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         for game in self.trainer.games.values():
             game.pairs = []
-        used = Path(args.output_dir) / "self_play"
-        if state.global_step == 0 and used.exists():
-            raise ValueError(
-                f"`output_dir` ({args.output_dir}) holds the games of another run ({used}), and runs are never mixed. "
-                "Continue that run with `trainer.train(resume_from_checkpoint=True)` (`--resume_from_checkpoint true`), "
-                "or choose a new `output_dir`."
-            )
+        plan, next_iteration, whole_run = make_plan(self.trainer)
+        if self.trainer.is_world_process_zero():
+            tqdm.write(plan)
+        on_main_process(self.trainer.accelerator, check_disk, args.output_dir, next_iteration, whole_run)
+        self.rehearse()
+        if args.dry_run:
+            raise DryRun
+        self.trainer.write_run()
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        epoch, step_in_epoch = divmod(state.global_step, self.trainer.steps_per_epoch)
-        iteration = max(t for t, first in enumerate(self.boundaries[:-1]) if first <= epoch)
-        turn = epoch - self.boundaries[iteration]
-        if turn == 0 and step_in_epoch == 0:
+        iteration = bisect_right(self.trainer.iteration_steps, state.global_step) - 1
+        step = state.global_step - self.trainer.iteration_steps[iteration]
+        turn, step_in_epoch = divmod(step, self.trainer.steps_per_epoch)
+        if step == 0:
             self.promote(iteration)
-            pairs = self.generate(iteration)
-            pairs = self.score(pairs)
-            self.store(iteration, pairs)
+            request = self._request(iteration)
+            # Stopped between store and swap, a run has left the game of this very opponent
+            recalled = on_main_process(self.trainer.accelerator, self._recall, iteration, request)
+            if recalled is None:
+                pairs = self.generate(iteration, request)
+                pairs = self.score(pairs)
+                self.store(iteration, request, pairs)
+            else:
+                pairs, metrics = recalled
+                self.trainer.log(metrics)
             self.swap(iteration, pairs)
         elif not self.trainer.games["train"].pairs:  # resumed in the middle of an iteration
-            self.swap(iteration, load_game(args.output_dir, iteration))
+            pairs = on_main_process(self.trainer.accelerator, load_game, args.output_dir, iteration)
+            self.swap(iteration, pairs)
         elif step_in_epoch != 0:
             raise ValueError(
                 f"An epoch ended at step {state.global_step}, before the end of the dataset. Iterations are made of "
@@ -86,23 +122,84 @@ class SelfPlayCallback(TrainerCallback):
             )
         self.trainer.games["train"].turn = turn
 
+    def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        signum, _ = self.trainer.stop_signal.agree()
+        if signum:
+            self.trainer.stop_signal.signum = signum
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+        if state.global_step in self.trainer.iteration_steps[1:]:
+            # The end of the epoch, a moment later, logs, evaluates and saves, in this order: so the checkpoint at the
+            # boundary holds all that was measured, and is written once
+            control.should_log = control.should_evaluate = control.should_save = False
+
     def on_epoch_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if state.global_step in self._last_steps():
-            # What was learned against this opponent is logged before the next one comes
+        if state.global_step in self.trainer.iteration_steps[1:]:
+            # What was learned against this opponent is logged before the next one comes, and the next one can be
+            # made again should its answers be lost
             control.should_log = True
-            control.should_evaluate = control.should_evaluate or self.trainer.eval_dataset is not None
+            control.should_evaluate = self.trainer.eval_dataset is not None
+            control.should_save = args.save_strategy != "no"
 
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if state.global_step in self._last_steps():
-            self.keep(self._last_steps().index(state.global_step))
-        else:
+        if state.global_step in self.trainer.iteration_steps[1:]:
+            self.keep(self.trainer.iteration_steps.index(state.global_step) - 1)
+        elif not self.trainer.stop_signal.signum:
             logger.warning(
                 f"Training ended at step {state.global_step}, in the middle of iteration "
                 f"{self.trainer.self_play_iteration}, whose model is not kept as an iteration."
             )
 
-    def _last_steps(self) -> list[int]:
-        return [epoch * self.trainer.steps_per_epoch for epoch in self.boundaries[1:]]
+    def rehearse(self):
+        """
+        Sends the longest and the shortest row through generation, scoring and the loss of a training step, with a few
+        tokens. It leaves no trace: random state and metrics are as before.
+        """
+        trainer, args = self.trainer, copy.copy(self.trainer.args)
+        args.max_completion_length = min(args.max_completion_length, _REHEARSAL_TOKENS)
+        args.disable_tqdm = True
+        rows = trainer.games["train"].rows
+        lengths = [len(prompt) + len(real) for prompt, real in zip(rows["prompt_ids"], rows["real_ids"], strict=True)]
+        rows = rows.select(sorted({lengths.index(max(lengths)), lengths.index(min(lengths))}))
+        device = trainer.accelerator.device
+        fork = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+        num_tokens, training = trainer._total_train_tokens, trainer.model_wrapped.training
+        with torch.random.fork_rng(**fork), torch.no_grad():
+            pairs = self._score("train", self._answer("train", rows, 0, args, desc="Rehearsal"), args)
+            trainer.begin_iteration(0)
+            trainer._check_next_loss = True
+            trainer.model_wrapped.train()
+            inputs = trainer.data_collator([GameDataset.serve(pair) for pair in pairs])
+            trainer.compute_loss(trainer.model_wrapped, trainer._prepare_inputs(inputs))
+            trainer.model_wrapped.train(training)
+        trainer.reset_metrics("train")
+        trainer._total_train_tokens = num_tokens
+
+    def _request(self, iteration: int) -> dict[str, Any]:
+        """All that the game of an iteration depends on."""
+        trainer, args = self.trainer, self.trainer.args
+        return {
+            "iteration": iteration,
+            "opponent": weights_fingerprint(trainer.accelerator, trainer.model_wrapped),
+            "seed": args.seed,
+            "sampling": {option: getattr(args, option) for option in _SAMPLING_OPTIONS},
+            "pairs": {option: getattr(args, option) for option in _PAIR_OPTIONS},
+            "end_token_ids": trainer.end_token_ids,
+            "max_length": trainer.max_length,
+            **trainer.data_settings(),
+        }
+
+    def _recall(self, iteration: int, request: dict[str, Any]) -> tuple[dict[str, Dataset], dict[str, float]] | None:
+        manifest = read_manifest(self.trainer.args.output_dir, iteration)
+        if manifest is None or manifest["request"] != _hash(request):
+            return None
+        if find_game_fault(self.trainer.args.output_dir, iteration):
+            return None  # `generate` says what is wrong and makes it again
+        return load_game(self.trainer.args.output_dir, iteration), manifest["metrics"]
+
+    def _write(self, function: Callable, *args):
+        with explain_write_error(Path(self.trainer.args.output_dir)):
+            on_main_process(self.trainer.accelerator, function, *args)
 
     # ---- The five calls of a boundary ----
 
@@ -116,6 +213,9 @@ class SelfPlayCallback(TrainerCallback):
         Args:
             iteration (`int`):
                 Self-play iteration that begins.
+
+        Raises:
+            `ValueError`: If a weight is not finite.
         """
         trainer = self.trainer
         if iteration > 0:
@@ -123,49 +223,91 @@ class SelfPlayCallback(TrainerCallback):
             if trainer.args.reset_optimizer_state:
                 trainer.optimizer.state.clear()
 
-    def generate(self, iteration: int) -> dict[str, Dataset]:
+    def generate(self, iteration: int, request: dict[str, Any]) -> dict[str, Dataset]:
         """
         The opponent answers every prompt, y' ~ p_θt(·|x). Answers of earlier opponents are added as
-        `opponent_history` asks.
+        `opponent_history` asks. Answers are committed to disk every few minutes, and those that a stopped run has
+        committed are used.
 
         Args:
             iteration (`int`):
                 Self-play iteration.
+            request (`dict[str, Any]`):
+                All that the answers depend on.
 
         Returns:
             `dict[str, Dataset]`: Pairs by name of the dataset, without reference log-probs.
+
+        Raises:
+            `ValueError`: If there is no pair to learn from.
         """
         trainer, args = self.trainer, self.trainer.args
         start = time.perf_counter()
+        self.num_generated = 0
+        request_hash = _hash(request)
+        directory = iteration_dir(args.output_dir, iteration) / f"answers-{request_hash[:16]}"
+        answered = on_main_process(
+            trainer.accelerator, read_answers, args.output_dir, iteration, request_hash, list(trainer.games)
+        )
         pairs = {}
         for name, game in trainer.games.items():
-            answers = generate(
-                trainer.model_wrapped,
-                trainer.accelerator,
-                args,
-                prompts=game.rows["prompt_ids"],
-                seeds=[row_seed(args.seed, iteration, name, row) for row in game.rows["row"]],
-                end_token_ids=trainer.end_token_ids,
-                pad_token_id=trainer._tokenizer.pad_token_id,
-                max_length=trainer.max_length,
-                desc=f"Iteration {iteration}: answering {name} prompts",
-            )
-            pairs[name] = Dataset.from_list(
-                [
-                    self._make_pair(row, answer, iteration, held_out=name != "train")
-                    for row, answer in zip(game.rows, answers, strict=True)
-                ],
-                features=PAIR_FEATURES,
-            )
+            if answered[name]:
+                logger.warning(
+                    f"Iteration {iteration}: {len(answered[name])} of {len(game)} {name} prompts were answered before "
+                    "the run was stopped. Their answers are used."
+                )
+
+            def commit(answers: list[tuple[int, dict]], name=name):
+                self.num_generated += sum(len(answer["generated_ids"]) for _, answer in answers)
+                if answers:
+                    rows = [{"index": index, **answer} for index, answer in answers]
+                    self._write(write_answers, directory, name, rows)
+
+            desc = f"Iteration {iteration}: answering {name} prompts"
+            pairs[name] = self._answer(name, game.rows, iteration, args, desc, answered[name], commit)
         clear_device_cache()
         self.generation_time = time.perf_counter() - start
+        _check_played(pairs["train"], trainer._tokenizer, iteration)
 
         for opponent in range(iteration - 1, max(-1, iteration - 1 - args.opponent_history), -1):
-            earlier = load_game(args.output_dir, opponent)["train"]
+            earlier = on_main_process(trainer.accelerator, load_game, args.output_dir, opponent)["train"]
             # The first of its opponents is the one that answered at the time
             earlier = earlier.select(range(len(trainer.games["train"])))
             pairs["train"] = concatenate_datasets([pairs["train"], earlier])
         return pairs
+
+    def _answer(
+        self,
+        name: str,
+        rows: Dataset,
+        iteration: int,
+        args: SPINConfig,
+        desc: str,
+        answered: dict[int, dict] | None = None,
+        commit: Callable[[list[tuple[int, dict]]], None] | None = None,
+    ) -> Dataset:
+        trainer = self.trainer
+        answers = generate(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            trainer.stop_signal,
+            args,
+            prompts=rows["prompt_ids"],
+            seeds=[row_seed(args.seed, iteration, name, row) for row in rows["row"]],
+            end_token_ids=trainer.end_token_ids,
+            pad_token_id=trainer._tokenizer.pad_token_id,
+            max_length=trainer.max_length,
+            desc=desc,
+            answered=answered,
+            commit=commit,
+        )
+        return Dataset.from_list(
+            [
+                self._make_pair(row, answer, iteration, held_out=name != "train")
+                for row, answer in zip(rows, answers, strict=True)
+            ],
+            features=PAIR_FEATURES,
+        )
 
     def _make_pair(self, row: dict, answer: dict, iteration: int, held_out: bool) -> dict[str, Any]:
         trainer, args = self.trainer, self.trainer.args
@@ -204,14 +346,17 @@ class SelfPlayCallback(TrainerCallback):
 
         Returns:
             `dict[str, Dataset]`: The same pairs with their reference log-probs.
+
+        Raises:
+            `ValueError`: If a log-prob is not finite.
         """
         start = time.perf_counter()
-        scored = {name: self._score(name, dataset) for name, dataset in pairs.items()}
+        scored = {name: self._score(name, dataset, self.trainer.args) for name, dataset in pairs.items()}
         self.scoring_time = time.perf_counter() - start
         return scored
 
-    def _score(self, name: str, pairs: Dataset) -> Dataset:
-        trainer, args = self.trainer, self.trainer.args
+    def _score(self, name: str, pairs: Dataset, args: SPINConfig) -> Dataset:
+        trainer = self.trainer
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
         lengths = [
             len(prompt) + max(len(real), len(generated))
@@ -222,27 +367,40 @@ class SelfPlayCallback(TrainerCallback):
         batches = length_sorted_batches(lengths, lambda longest: batch_size)
 
         def score_batch(batch: list[int]) -> list[tuple[float, float]]:
-            rows = [trainer.games[name].serve(pairs[i]) for i in batch]
+            rows = [GameDataset.serve(pairs[i]) for i in batch]
             inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-            real_logps, generated_logps = trainer.compute_ref_log_probs(trainer.model_wrapped, inputs)
+            with explain_out_of_memory(
+                "scoring", f"Lower `precompute_ref_batch_size` ({batch_size}), here and on resume."
+            ):
+                real_logps, generated_logps = trainer.compute_ref_log_probs(trainer.model_wrapped, inputs)
             return list(zip(real_logps.tolist(), generated_logps.tolist(), strict=True))
 
         was_training = trainer.model_wrapped.training
         trainer.model_wrapped.eval()
+        desc = f"Scoring {name} pairs"
         logps = map_batches(
-            trainer.accelerator, batches, score_batch, f"Scoring {name} pairs", disable=args.disable_tqdm
+            trainer.accelerator, trainer.stop_signal, batches, score_batch, desc, disable=args.disable_tqdm
         )
         trainer.model_wrapped.train(was_training)
         clear_device_cache()
+        for row, sides in zip(pairs["row"], logps, strict=True):
+            if not math.isfinite(sum(sides)):
+                raise ValueError(
+                    f"The model's log-probs of row {row} of the {name} dataset are {sides[0]} (real answer) and "
+                    f"{sides[1]} (generated answer). Its weights or activations overflow: train in bfloat16 or float32 "
+                    "instead of float16, lower the learning rate, or check the model that self-play started from."
+                )
         return with_reference_logps(pairs, logps)
 
-    def store(self, iteration: int, pairs: dict[str, Dataset]):
+    def store(self, iteration: int, request: dict[str, Any], pairs: dict[str, Dataset]):
         """
         Writes the game to `output_dir/self_play/iteration-<t>` and logs what it looks like.
 
         Args:
             iteration (`int`):
                 Self-play iteration.
+            request (`dict[str, Any]`):
+                All that the game depends on.
             pairs (`dict[str, Dataset]`):
                 Pairs by name of the dataset.
         """
@@ -251,30 +409,29 @@ class SelfPlayCallback(TrainerCallback):
             "self_play/iteration": iteration,
             "self_play/generation_time": self.generation_time,
             "self_play/scoring_time": self.scoring_time,
+            "self_play/generated_tokens_per_second": self.num_generated / self.generation_time,
         }
-        num_generated = 0
         for name, dataset in pairs.items():
             prefix = {"train": "", "eval": "eval_"}.get(name, f"eval_{name}_") + "self_play/"
             newest = dataset.select(range(len(trainer.games[name])))
-            num_generated += sum(map(len, newest["generated_ids"]))
             metrics |= {prefix + key: value for key, value in _describe(newest).items()}
             metrics[f"{prefix}left_out"] = sum(trainer.left_out[name].values())
-        metrics["self_play/generated_tokens_per_second"] = num_generated / self.generation_time
         for age in range(len(pairs["train"]) // len(trainer.games["train"])):
             metrics[f"self_play/opponent_age_{age}"] = len(trainer.games["train"]) / len(pairs["train"])
+        _warn_about(metrics, iteration)
+        manifest = {
+            "request": _hash(request),
+            **request,
+            "opponent": {
+                "model": f"iteration-{iteration - 1}" if iteration else trainer.base_model_id,
+                "fingerprint": request["opponent"],
+            },
+            "left_out": trainer.left_out,
+            "metrics": metrics,
+            "versions": library_versions(),
+        }
+        self._write(store_game, args.output_dir, iteration, pairs, manifest)
         trainer.log(dict(metrics))
-
-        if trainer.is_world_process_zero():
-            manifest = {
-                "opponent": f"iteration-{iteration - 1}" if iteration else trainer.base_model_id,
-                "seed": args.seed,
-                "sampling": {option: getattr(args, option) for option in _SAMPLING_OPTIONS},
-                "left_out": trainer.left_out,
-                "metrics": metrics,
-                "versions": {name: version(name) for name in ("trl-spin", "trl", "transformers", "torch")},
-            }
-            store_game(args.output_dir, iteration, pairs, manifest)
-        trainer.accelerator.wait_for_everyone()
 
     def swap(self, iteration: int, pairs: dict[str, Dataset]):
         """
@@ -302,10 +459,12 @@ class SelfPlayCallback(TrainerCallback):
                 Self-play iteration that has ended.
         """
         trainer, args = self.trainer, self.trainer.args
+        trainer.check_finite_weights()
         directory = Path(args.output_dir) / f"iteration-{iteration}"
-        trainer.save_model(str(directory))
+        with explain_write_error(directory):
+            trainer.save_model(str(directory))
         if trainer.is_world_process_zero():
-            game = json.loads((iteration_dir(args.output_dir, iteration) / MANIFEST).read_text())["metrics"]
+            game = read_manifest(args.output_dir, iteration)["metrics"]
             settings = {
                 name: args.per_iteration(name)[iteration] for name in ("beta", "learning_rate", "num_train_epochs")
             }
@@ -318,12 +477,16 @@ class SelfPlayCallback(TrainerCallback):
 
     def _last_logs(self, iteration: int) -> dict[str, float]:
         """What was logged last in an iteration, of training and of evaluation."""
-        first_step = self.boundaries[iteration] * self.trainer.steps_per_epoch
+        first_step = self.trainer.iteration_steps[iteration]
         last_logs = {}
         for logs in self.trainer.state.log_history:
             if logs["step"] > first_step and "self_play/iteration" not in logs and "train_runtime" not in logs:
                 last_logs |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
         return last_logs
+
+
+def _hash(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(pairs: Dataset) -> dict[str, float]:
@@ -337,9 +500,47 @@ def _describe(pairs: Dataset) -> dict[str, float]:
     return {
         "mean_length_real": num_real / len(pairs),
         "mean_length_generated": num_generated / len(pairs),
+        "distinct_real": len(set(map(tuple, pairs["real_ids"]))) / len(pairs),
+        "distinct_generated": len(set(map(tuple, pairs["generated_ids"]))) / len(pairs),
         "truncated": mean(pairs["truncated"]),
         "empty": mean(pairs["empty"]),
         "identical": mean(pairs["identical"]),
         "played": mean(pairs["played"]),
         "nll_real": -sum(pairs["ref_real_logps"]) / num_real,
     }
+
+
+def _check_played(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, iteration: int):
+    if any(pairs["played"]):
+        return
+    shares = ", ".join(f"{sum(pairs[kind])} are {kind}" for kind in ("empty", "identical", "truncated"))
+    examples = "\n".join(
+        f"Row {pair['row']}: {tokenizer.decode(pair['generated_ids'])!r}"
+        for pair in pairs.select(range(min(3, len(pairs))))
+    )
+    raise ValueError(
+        f"Iteration {iteration} has nothing to learn from: of {len(pairs)} generated answers, {shares}.\n{examples}\n"
+        "Empty answers: is the chat template the one the model was fine-tuned with? Truncated ones, under "
+        "`truncated_completions='drop'`: raise `max_completion_length`, or check that the model was fine-tuned to end "
+        "its answers. Identical ones: the model has learned the data by heart, or `temperature` is 0."
+    )
+
+
+def _warn_about(metrics: dict[str, float], iteration: int):
+    remedies = {
+        "truncated": "Raise `max_completion_length`, or check that the model was fine-tuned to end its answers: "
+        "otherwise real and generated answers differ by their length above all.",
+        "empty": "Is the chat template the one the model was fine-tuned with?",
+        "identical": "The model has learned the data by heart, and there is little to learn from.",
+    }
+    for kind, remedy in remedies.items():
+        if metrics[f"self_play/{kind}"] > 0.5:
+            logger.warning(
+                f"Iteration {iteration}: {metrics[f'self_play/{kind}']:.0%} of the generated answers are {kind}. {remedy}"
+            )
+    if metrics["self_play/distinct_generated"] < 0.5 * metrics["self_play/distinct_real"]:
+        logger.warning(
+            f"Iteration {iteration}: {metrics['self_play/distinct_generated']:.0%} of the generated answers are distinct, "
+            f"but {metrics['self_play/distinct_real']:.0%} of the real ones. The model repeats itself: lower the learning "
+            "rate or raise `beta`, and look at the answers."
+        )

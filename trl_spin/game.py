@@ -14,20 +14,30 @@
 
 """The game of an iteration: pairs of a real and a generated answer, in memory and on disk."""
 
+import glob
+import hashlib
+import io
 import json
 import os
+import shutil
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute
 import pyarrow.parquet
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, Features, List, Value
 from datasets.table import InMemoryTable
 
 
+logger = get_logger(__name__)
+
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_SHARD_ROWS = 10_000
 # One row per pair. `row` is the index in the user's dataset, `opponent` the iteration whose model generated the answer.
 PAIR_FEATURES = Features(
     {
@@ -64,6 +74,7 @@ class GameDataset(torch.utils.data.Dataset):
     def __init__(self, name: str, rows: Dataset):
         self.name = name
         self.rows = rows
+        self.fingerprint = fingerprint(rows)
         self.pairs: list[Dataset] = []  # one dataset per opponent, the newest first
         self.turn = 0
 
@@ -150,10 +161,97 @@ def iteration_dir(output_dir: str, iteration: int) -> Path:
     return Path(output_dir) / "self_play" / f"iteration-{iteration}"
 
 
+def fingerprint(rows: Dataset) -> str:
+    """
+    Fingerprint of a dataset's content, whatever file it came from.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Dataset with the columns `row`, `prompt_ids` and `real_ids`.
+
+    Returns:
+        `str`: SHA-256 in hexadecimal.
+    """
+    digest = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(10_000):
+        for column in ("row", "prompt_ids", "real_ids"):
+            values = batch[column].combine_chunks()
+            if pyarrow.types.is_list(values.type):
+                digest.update(pyarrow.compute.list_value_length(values).to_numpy(zero_copy_only=False).tobytes())
+                values = values.flatten()
+            digest.update(values.to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def write_answers(directory: Path, name: str, answers: list[dict[str, Any]]):
+    """
+    Commits a shard of answers while generation goes on. The file carries its checksum in its name.
+
+    Args:
+        directory (`Path`):
+            Directory of one opponent's answers.
+        name (`str`):
+            Name of the dataset.
+        answers (`list[dict[str, Any]]`):
+            Answers with their `index` in the dataset, see [`~generation.generate_batch`].
+    """
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(answers), buffer)
+    data = buffer.getvalue()
+    with atomic_open(directory / f"{name}-{hashlib.sha256(data).hexdigest()}.parquet") as file:
+        file.write(data)
+
+
+def read_answers(output_dir: str, iteration: int, request: str, names: list[str]) -> dict[str, dict[int, dict]]:
+    """
+    Answers to the same request that a run left behind when it was stopped: committed shards, or a stored game of which
+    a part is damaged. What is damaged is named and left out.
+
+    Args:
+        output_dir (`str`):
+            Output directory of the run.
+        iteration (`int`):
+            Self-play iteration.
+        request (`str`):
+            Hash of all that the answers depend on, see [`store_game`].
+        names (`list[str]`):
+            Names of the datasets.
+
+    Returns:
+        `dict[str, dict[int, dict]]`: Answers by name of the dataset and index.
+    """
+    directory = iteration_dir(output_dir, iteration)
+    answers = {name: {} for name in names}
+
+    def damaged(path: Path):
+        logger.warning(f"{path} is damaged: it does not match its checksum. Its rows are generated again.")
+
+    for name in names:
+        for path in sorted((directory / f"answers-{request[:16]}").glob(f"{glob.escape(name)}-{64 * '?'}.parquet")):
+            if _sha256(path) != path.stem.removeprefix(f"{name}-"):
+                damaged(path)
+                continue
+            for answer in pyarrow.parquet.read_table(path).to_pylist():
+                answers[name][answer.pop("index")] = answer
+    manifest = read_manifest(output_dir, iteration)
+    if manifest is not None and manifest["request"] == request:
+        first = defaultdict(int)
+        for shard in manifest["shards"]:
+            path, name = directory / shard["file"], shard["dataset"]
+            if _sha256(path) == shard["sha256"]:
+                for index, pair in enumerate(pyarrow.parquet.read_table(path).to_pylist(), first[name]):
+                    if pair["opponent"] == iteration:
+                        answers[name][index] = {key: pair[key] for key in ("prompt_ids", "generated_ids", "truncated")}
+            else:
+                damaged(path)
+            first[name] += shard["rows"]
+    return answers
+
+
 def store_game(output_dir: str, iteration: int, games: dict[str, Dataset], manifest: dict[str, Any]):
     """
-    Writes the pairs of an iteration: one Parquet file per dataset, then the manifest, each by a temporary name and an
-    atomic rename. An iteration without a manifest does not exist.
+    Writes the pairs of an iteration: Parquet shards, then the manifest with their checksums, each by a temporary name
+    and an atomic rename. An iteration without a manifest does not exist.
 
     Args:
         output_dir (`str`):
@@ -163,17 +261,75 @@ def store_game(output_dir: str, iteration: int, games: dict[str, Dataset], manif
         games (`dict[str, Dataset]`):
             Pairs by name of the dataset.
         manifest (`dict[str, Any]`):
-            What was played and measured, JSON-serializable.
+            What was played and measured, JSON-serializable, with the hash of all that it depends on as `request`.
     """
     directory = iteration_dir(output_dir, iteration)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)
+    for path in directory.glob("*.parquet"):
+        path.unlink()
+    shards = []
     for name, pairs in games.items():
-        with _atomic_open(directory / f"{name}.parquet") as file:
-            pyarrow.parquet.write_table(pairs.data.table, file)
-    manifest = {"schema_version": SCHEMA_VERSION, "iteration": iteration, "games": sorted(games), **manifest}
-    with _atomic_open(directory / MANIFEST) as file:
+        for start in range(0, len(pairs), _SHARD_ROWS):
+            table = pairs.data.table.slice(start, _SHARD_ROWS)
+            path = directory / f"{name}-{start // _SHARD_ROWS:05d}.parquet"
+            with atomic_open(path) as file:
+                pyarrow.parquet.write_table(table, file)
+            shards.append({"dataset": name, "file": path.name, "rows": len(table), "sha256": _sha256(path)})
+    manifest = {"schema_version": SCHEMA_VERSION, "iteration": iteration, **manifest, "shards": shards}
+    with atomic_open(directory / MANIFEST) as file:
         file.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode())
+    for path in directory.glob("answers-*"):
+        shutil.rmtree(path)
+
+
+def read_manifest(output_dir: str, iteration: int) -> dict[str, Any] | None:
+    """
+    Reads the manifest of an iteration's game.
+
+    Args:
+        output_dir (`str`):
+            Output directory of the run.
+        iteration (`int`):
+            Self-play iteration.
+
+    Returns:
+        `dict[str, Any]` or `None`: Manifest, if the game was written to its end.
+    """
+    path = iteration_dir(output_dir, iteration) / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has the schema version {manifest['schema_version']}, and this version of trl-spin reads "
+            f"{SCHEMA_VERSION}. Go on with the version that wrote it ({manifest.get('versions')}), or start again in a "
+            "new `output_dir`."
+        )
+    return manifest
+
+
+def find_game_fault(output_dir: str, iteration: int) -> str | None:
+    """
+    What is wrong with the stored game of an iteration.
+
+    Args:
+        output_dir (`str`):
+            Output directory of the run.
+        iteration (`int`):
+            Self-play iteration.
+
+    Returns:
+        `str` or `None`: The fault, which names the file; `None` if the game is complete and intact.
+    """
+    directory = iteration_dir(output_dir, iteration)
+    manifest = read_manifest(output_dir, iteration)
+    if manifest is None:
+        return f"{directory / MANIFEST} does not exist"
+    for shard in manifest["shards"]:
+        if _sha256(directory / shard["file"]) != shard["sha256"]:
+            return f"{directory / shard['file']} is damaged or missing: it does not match its checksum"
+    return None
 
 
 def load_game(output_dir: str, iteration: int) -> dict[str, Dataset]:
@@ -190,24 +346,37 @@ def load_game(output_dir: str, iteration: int) -> dict[str, Dataset]:
         `dict[str, Dataset]`: Pairs by name of the dataset.
 
     Raises:
-        `ValueError`: If the iteration is not there, or was not written to its end.
+        `ValueError`: If the game is not there, not complete, or damaged.
     """
-    directory = iteration_dir(output_dir, iteration)
-    if not (directory / MANIFEST).is_file():
+    if fault := find_game_fault(output_dir, iteration):
         raise ValueError(
-            f"The game of iteration {iteration} is not complete: {directory / MANIFEST} does not exist. Resume from a "
-            "checkpoint of an earlier iteration, or start again in a new `output_dir`."
+            f"The game of iteration {iteration} cannot be read: {fault}. Resume from a checkpoint of an earlier "
+            "iteration, which generates it again, or start again in a new `output_dir`."
         )
-    manifest = json.loads((directory / MANIFEST).read_text())
-    return {
-        name: Dataset(InMemoryTable(pyarrow.parquet.read_table(directory / f"{name}.parquet")))
-        for name in manifest["games"]
-    }
+    tables = defaultdict(list)
+    for shard in read_manifest(output_dir, iteration)["shards"]:
+        table = pyarrow.parquet.read_table(iteration_dir(output_dir, iteration) / shard["file"])
+        tables[shard["dataset"]].append(table)
+    return {name: Dataset(InMemoryTable(pyarrow.concat_tables(parts))) for name, parts in tables.items()}
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def _atomic_open(path: Path):
-    """A temporary file that takes its final name when it is complete and synced to disk."""
+def atomic_open(path: Path):
+    """
+    A temporary file that takes its final name when it is complete and synced to disk.
+
+    Args:
+        path (`Path`):
+            Final name. Its directory is made if need be.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         yield file

@@ -16,6 +16,7 @@
 
 import copy
 import hashlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -38,8 +41,12 @@ from trl.distributed import DistributedBackend
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
+from .resume import StopRequested, StopSignal, explain_out_of_memory
 from .spin_config import SPINConfig
 
+
+# A run that is killed while it generates loses at most this much work
+_COMMIT_SECONDS = 300
 
 # These act on sampling inside `generate`, which here only takes the argmax (see `SampleByRow`).
 _SAMPLING_KWARGS = {
@@ -116,41 +123,75 @@ def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) ->
 
 
 def map_batches(
-    accelerator: Accelerator, batches: list[list[int]], function: Callable[[list[int]], list], desc: str, disable: bool
+    accelerator: Accelerator,
+    stop_signal: StopSignal,
+    batches: list[list[int]],
+    function: Callable[[list[int]], list | None],
+    desc: str,
+    disable: bool,
+    done: dict[int, Any] | None = None,
+    commit: Callable[[list[tuple[int, Any]]], None] | None = None,
 ) -> list:
     """
     Applies a function to batches of rows, spread over the processes.
 
     Every process works on the same number of batches (sharded models need all of them in every forward pass) and
-    returns all results.
+    returns all results. After each round of batches the processes agree whether one of them was told to stop.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
             Accelerator.
+        stop_signal ([`StopSignal`]):
+            Signal that ends the run early.
         batches (`list[list[int]]`):
             Indices of the rows in each batch. Together they hold each of 0..N-1 once.
-        function (`Callable[[list[int]], list]`):
-            Maps the indices of a batch to one result per row.
+        function (`Callable[[list[int]], list | None]`):
+            Maps the indices of a batch to one result per row, or to `None` if a signal cut it short.
         desc (`str`):
             Title of the progress bar.
         disable (`bool`):
             Whether to hide the progress bar.
+        done (`dict[int, Any]`, *optional*):
+            Results that are known already.
+        commit (`Callable[[list[tuple[int, Any]]], None]`, *optional*):
+            Is given the new results, with their indices, on every process: every few minutes, at the end, and when the
+            run is told to stop.
 
     Returns:
         `list`: One result per row, in the order of the rows.
+
+    Raises:
+        `StopRequested`: If one of the processes was told to stop.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     num_rows = sum(map(len, batches))
-    results = []
-    with tqdm(total=num_rows, desc=desc, unit=" rows", disable=disable or not accelerator.is_main_process) as progress:
+    results = dict(done or {})
+    batches = [left for batch in batches if (left := [i for i in batch if i not in results])]
+    new, last_commit = [], time.monotonic()
+    with tqdm(
+        total=num_rows,
+        initial=len(results),
+        desc=desc,
+        unit=" rows",
+        disable=disable or not accelerator.is_main_process,
+    ) as progress:
         for start in range(0, len(batches), world_size):
             batch = batches[min(start + rank, len(batches) - 1)]
-            results.extend(zip(batch, function(batch), strict=True))
+            batch_results = function(batch)
+            if batch_results is not None:
+                new.extend(zip(batch, batch_results, strict=True))
             progress.update(sum(map(len, batches[start : start + world_size])))
-    if world_size > 1:
-        results = gather_object(results)
-    by_row = dict(results)
-    return [by_row[i] for i in range(num_rows)]
+            # The first process has the clock
+            signum, due = stop_signal.agree(time.monotonic() - last_commit > _COMMIT_SECONDS)
+            if signum or due or start + world_size >= len(batches):
+                gathered = gather_object(new) if world_size > 1 else new
+                results.update(gathered)
+                if commit is not None:
+                    commit(list(dict(gathered).items()))
+                new, last_commit = [], time.monotonic()
+            if signum:
+                raise StopRequested(signum)
+    return [results[i] for i in range(num_rows)]
 
 
 def generation_config(args: SPINConfig, end_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
@@ -219,14 +260,32 @@ def sampling_processors(args: SPINConfig, seeds: list[int], device: torch.device
     return processors
 
 
+class StopOnSignal(StoppingCriteria):
+    """
+    Ends `generate` at the next token once this process was told to stop.
+
+    Args:
+        stop_signal ([`StopSignal`]):
+            Signal that ends the run early.
+    """
+
+    def __init__(self, stop_signal: StopSignal):
+        self.stop_signal = stop_signal
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        stop = self.stop_signal.signum != 0
+        return torch.full((input_ids.size(0),), stop, dtype=torch.bool, device=input_ids.device)
+
+
 @torch.no_grad()
 def generate_batch(
     model: PreTrainedModel,
     config: GenerationConfig,
     processors: LogitsProcessorList,
+    stop_signal: StopSignal,
     prompts: list[list[int]],
     max_new_tokens: list[int],
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]] | None:
     """
     Lets the model answer a batch of prompts.
 
@@ -237,14 +296,17 @@ def generate_batch(
             Generation config.
         processors ([`~transformers.LogitsProcessorList`]):
             Logits processors that sample.
+        stop_signal ([`StopSignal`]):
+            Signal that ends the run early.
         prompts (`list[list[int]]`):
             Token ids of the prompts.
         max_new_tokens (`list[int]`):
             Maximum number of tokens of each answer.
 
     Returns:
-        `list[dict[str, Any]]`: For each prompt the `prompt_ids` that the model saw, the `generated_ids` as sampled,
-        with an end token where one was sampled and nowhere else, and whether the answer was `truncated`.
+        `list[dict[str, Any]]` or `None`: For each prompt the `prompt_ids` that the model saw, the `generated_ids` as
+        sampled, with an end token where one was sampled and nowhere else, and whether the answer was `truncated`.
+        `None` if a signal cut the answers short.
     """
     device = model.device
     config = copy.deepcopy(config)
@@ -256,7 +318,10 @@ def generate_batch(
         attention_mask=attention_mask.to(device),
         generation_config=config,
         logits_processor=processors,
+        stopping_criteria=StoppingCriteriaList([StopOnSignal(stop_signal)]),
     ).tolist()
+    if stop_signal.signum:
+        return None
     width = input_ids.size(1)
     answers = []
     for sequence, prompt, limit in zip(sequences, prompts, max_new_tokens, strict=True):
@@ -275,6 +340,7 @@ def generate_batch(
 def generate(
     model: torch.nn.Module,
     accelerator: Accelerator,
+    stop_signal: StopSignal,
     args: SPINConfig,
     prompts: list[list[int]],
     seeds: list[int],
@@ -282,6 +348,8 @@ def generate(
     pad_token_id: int,
     max_length: int | None,
     desc: str,
+    answered: dict[int, dict[str, Any]] | None = None,
+    commit: Callable[[list[tuple[int, dict[str, Any]]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """
     Lets the model answer all prompts. Model mode, gradient checkpointing and generation config are as before
@@ -292,6 +360,8 @@ def generate(
             Model as prepared for training.
         accelerator ([`~accelerate.Accelerator`]):
             Accelerator.
+        stop_signal ([`StopSignal`]):
+            Signal that ends the run early.
         args ([`SPINConfig`]):
             Options of generation.
         prompts (`list[list[int]]`):
@@ -306,6 +376,10 @@ def generate(
             Longest prompt plus answer, in tokens.
         desc (`str`):
             Title of the progress bar.
+        answered (`dict[int, dict[str, Any]]`, *optional*):
+            Answers that are there already, by index of the prompt.
+        commit (`Callable`, *optional*):
+            See [`map_batches`].
 
     Returns:
         `list[dict[str, Any]]`: See [`generate_batch`]; one dict per prompt, in their order, on every process.
@@ -335,14 +409,20 @@ def generate(
         base_model = unwrapped_model.get_base_model() if isinstance(unwrapped_model, PeftModel) else unwrapped_model
         own_config, base_model.generation_config = base_model.generation_config, GenerationConfig()
 
-        def answer(batch: list[int]) -> list[dict[str, Any]]:
+        def answer(batch: list[int]) -> list[dict[str, Any]] | None:
             processors = sampling_processors(args, [seeds[i] for i in batch], unwrapped_model.device)
-            return generate_batch(
-                unwrapped_model, config, processors, [prompts[i] for i in batch], [limits[i] for i in batch]
-            )
+            with explain_out_of_memory("generation", "Lower `generation_token_budget`, here and on resume."):
+                return generate_batch(
+                    unwrapped_model,
+                    config,
+                    processors,
+                    stop_signal,
+                    [prompts[i] for i in batch],
+                    [limits[i] for i in batch],
+                )
 
         try:
-            return map_batches(accelerator, batches, answer, desc, args.disable_tqdm)
+            return map_batches(accelerator, stop_signal, batches, answer, desc, args.disable_tqdm, answered, commit)
         finally:
             base_model.generation_config = own_config
             model.train(was_training)

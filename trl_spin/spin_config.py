@@ -33,6 +33,11 @@ _FIXED_OPTIONS = {
     "truncation_mode": ("keep_start", "rows that do not fit `max_length` are left out, never truncated"),
     "auto_find_batch_size": (False, "it restarts the training loop in the middle of an iteration"),
     "dataloader_persistent_workers": (False, "such workers would keep the opponent's answers of an earlier iteration"),
+    "ignore_data_skip": (False, "a resumed run goes on with the rows that it has not yet seen in the epoch"),
+    "enable_jit_checkpoint": (
+        False,
+        "self-play does it itself, in generation too: at SIGTERM it saves its work and stops, all processes together",
+    ),
     "eval_on_start": (False, "the game on the held-out prompts starts with the first iteration, not before it"),
     "hub_strategy": (
         HubStrategy.END,
@@ -85,6 +90,9 @@ class SPINConfig(DPOConfig):
             point, so the log-ratio of an answer must be 0: it may deviate, in the mean of the first batch, by this many
             nats times the square root of the answer's length, as rounding errors do. Anything more means a wrong
             reference, and the run stops. Defaults to `1e-3` in float32 and to `0.1` in mixed or half precision.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Whether to stop after the preflight: the plan is printed, and two rows have gone through generation, scoring
+            and the loss.
 
         > Parameters that control the data preprocessing
 
@@ -140,6 +148,8 @@ class SPINConfig(DPOConfig):
     > - `num_train_epochs`: Defaults to `2` instead of `3`, and counts passes per iteration.
     > - `precompute_ref_log_probs`: `True`, the only value that SPIN accepts.
     > - `hub_strategy`: `"end"`, the only value that SPIN accepts.
+    > - `save_total_limit`: Defaults to `2` instead of `None`. The checkpoint at which the current iteration began is
+    >   kept beside them, and `0` keeps all.
     """
 
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["chat_template_kwargs", "generation_kwargs"]
@@ -176,6 +186,14 @@ class SPINConfig(DPOConfig):
         metadata={"help": "Always `'end'`: the model is pushed when training has ended."},
     )
 
+    save_total_limit: int | None = field(
+        default=2,
+        metadata={
+            "help": "Number of newest checkpoints to keep, beside the one at which the current iteration began. `0` "
+            "keeps all."
+        },
+    )
+
     # Parameters that control the game
     num_self_play_iterations: int = field(
         default=3,
@@ -204,6 +222,14 @@ class SPINConfig(DPOConfig):
             "batch, by this many nats times the square root of the answer's length, as rounding errors do. Anything "
             "more means a wrong reference, and the run stops. Defaults to `1e-3` in float32 and to `0.1` in mixed or "
             "half precision."
+        },
+    )
+
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to stop after the preflight: the plan is printed, and two rows have gone through "
+            "generation, scoring and the loss."
         },
     )
 
@@ -315,6 +341,8 @@ class SPINConfig(DPOConfig):
             )
         for name in ("learning_rate", "num_train_epochs", "beta"):
             setattr(self, name, self._as_schedule(name))
+        if self.dry_run:
+            self.report_to = "none"
 
         # The parent class fills a DeepSpeed config with the learning rate, which must be a number there.
         learning_rate, self.learning_rate = self.learning_rate, self.per_iteration("learning_rate")[0]

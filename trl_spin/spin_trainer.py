@@ -13,16 +13,23 @@
 # limitations under the License.
 
 import copy
+import hashlib
 import inspect
+import json
 import math
 import random
+import shutil
+import signal
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import PeftConfig, PeftModel
@@ -36,16 +43,33 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
+    set_seed,
 )
+from transformers.trainer_utils import TrainOutput, sort_checkpoints
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .callbacks import SelfPlayCallback
+from .callbacks import DryRun, SelfPlayCallback
 from .data import find_end_token_ids, prepare_dataset
-from .game import GameDataset
+from .game import GameDataset, atomic_open
 from .model_card import add_self_play_section, read_records
+from .resume import (
+    RunLock,
+    StopRequested,
+    StopSignal,
+    choose_checkpoint,
+    compare_settings,
+    explain_out_of_memory,
+    explain_write_error,
+    library_versions,
+    on_main_process,
+    run_settings,
+    weights_fingerprint,
+)
 from .spin_config import SPINConfig
 
+
+logger = get_logger(__name__)
 
 # ℓ(0) of the losses that depend on a pair through its margin alone. For these, a pair of equal answers has zero
 # gradient and need not go through the model.
@@ -187,6 +211,8 @@ class SPINTrainer(DPOTrainer):
         self.run_dir = args.output_dir
         self.left_out: dict[str, dict[str, int]] = {}
         self.games: dict[str, GameDataset] = {}
+        # The Trainer does this too, but too late for a new adapter's random weights
+        set_seed(args.seed)
 
         super().__init__(
             model=model,
@@ -220,6 +246,8 @@ class SPINTrainer(DPOTrainer):
         self._check_next_loss = False
         self._real_nll = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # summed log-probs and tokens of the real answers
         self.add_callback(SelfPlayCallback(self))
+        self.stop_signal = StopSignal(self.accelerator)
+        self._start_fingerprint = weights_fingerprint(self.accelerator, self.model)
 
     # ---- Data ----
 
@@ -250,6 +278,174 @@ class SPINTrainer(DPOTrainer):
         self.games[name] = GameDataset(name, rows)
         return self.games[name]
 
+    def data_settings(self) -> dict[str, Any]:
+        """
+        Returns:
+            `dict[str, Any]`: What tells this run's data from another's: fingerprints of the tokenized rows, and of the
+            chat template.
+        """
+        return {
+            "data": {name: f"{len(game)} rows, {game.fingerprint}" for name, game in self.games.items()},
+            "chat_template": hashlib.sha256(str(self._tokenizer.chat_template).encode()).hexdigest(),
+        }
+
+    # ---- Running, stopping, resuming ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Plays all iterations, or goes on with a run that was stopped.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` goes on from the newest complete checkpoint in `output_dir`, or from the beginning if there is
+                none yet: the same call starts a run and continues it. A path names the checkpoint.
+            trial:
+                See [`~transformers.Trainer.train`].
+            ignore_keys_for_eval (`list[str]`, *optional*):
+                See [`~transformers.Trainer.train`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: Number of steps, training loss and metrics.
+
+        Raises:
+            `ValueError`: If `output_dir` holds another run, is in use, or was made with other settings, or if there is
+            nothing to resume from.
+        """
+        lock = RunLock(self.args.output_dir)
+        on_main_process(self.accelerator, lock.acquire)
+        try:
+            resume_from_checkpoint = on_main_process(self.accelerator, self._open_run, resume_from_checkpoint or False)
+            with (
+                self.stop_signal,
+                explain_out_of_memory(
+                    "training",
+                    "`gradient_checkpointing=True` needs less and changes no result, so the run can be resumed with it. A "
+                    "smaller `per_device_train_batch_size` with more `gradient_accumulation_steps`, or a lower "
+                    "`max_length`, needs a new run.",
+                ),
+            ):
+                output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+                if self.stop_signal.signum:
+                    raise StopRequested(self.stop_signal.signum)
+                return output
+        except DryRun:
+            return TrainOutput(0, 0.0, {})
+        except StopRequested as stop:
+            message = (
+                f"Stopped by {signal.Signals(stop.signum).name} at step {self.state.global_step}. To go on, give the "
+                "same command with `--resume_from_checkpoint true`, or call `train(resume_from_checkpoint=True)`."
+            )
+            logger.warning(message)
+            if stop.signum == signal.SIGINT:
+                raise KeyboardInterrupt(message) from None
+            raise SystemExit(128 + stop.signum) from None
+        finally:
+            if self.accelerator.is_main_process:
+                lock.release()
+
+    @property
+    def _run_file(self) -> Path:
+        return Path(self.args.output_dir) / "self_play" / "run.json"
+
+    def _settings(self) -> dict[str, Any]:
+        adapter = self.model.peft_config["default"].to_dict() if isinstance(self.model, PeftModel) else None
+        for name in ("base_model_name_or_path", "inference_mode", "peft_version"):
+            if adapter is not None:
+                adapter.pop(name, None)
+        return run_settings(
+            self.args,
+            adapter=adapter,
+            model=self._start_fingerprint,
+            num_processes=self.accelerator.num_processes,
+            end_token_ids=self.end_token_ids,
+            **self.data_settings(),
+        )
+
+    def _open_run(self, resume_from_checkpoint: str | bool) -> str | None:
+        if not resume_from_checkpoint:
+            if self._run_file.is_file():
+                raise ValueError(
+                    f"`output_dir` ({self.args.output_dir}) holds the games of another run ({self._run_file.parent}), and "
+                    "runs are never mixed. Continue that run with `trainer.train(resume_from_checkpoint=True)` "
+                    "(`--resume_from_checkpoint true`), or choose a new `output_dir`."
+                )
+            return None
+        if not self._run_file.is_file():
+            if resume_from_checkpoint is True and not sort_checkpoints(self.args.output_dir):
+                return None  # the first of several equal commands
+            raise ValueError(
+                f"There is no self-play run to resume in `output_dir` ({self.args.output_dir}): {self._run_file} does "
+                "not exist. Checkpoints of other trainers cannot be continued; pass one as `model` instead."
+            )
+        run = json.loads(self._run_file.read_text(encoding="utf-8"))
+        compare_settings(self._run_file, run["settings"], self._settings())
+        for name, now in library_versions().items():
+            if run["versions"].get(name) != now:
+                logger.warning(
+                    f"The run was made with {name} {run['versions'].get(name)} and goes on with {now}: its result may "
+                    "not be the same, to the last digit, as without the change."
+                )
+        return choose_checkpoint(self.args, resume_from_checkpoint, self.accelerator.num_processes)
+
+    def write_run(self):
+        """Writes down what the run depends on, to compare with when it is resumed."""
+
+        def write():
+            content = {"schema_version": 1, "settings": self._settings(), "versions": library_versions()}
+            with atomic_open(self._run_file) as file:
+                file.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
+
+        with explain_write_error(Path(self.args.output_dir)):
+            on_main_process(self.accelerator, write)
+
+    def check_finite_weights(self):
+        """
+        Raises:
+            `ValueError`: If a trained weight is NaN or infinite, on any process.
+        """
+        bad = next(
+            (name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()),
+            None,
+        )
+        bad = [name for name in gather_object([bad]) if name is not None]
+        if bad:
+            raise ValueError(
+                f"After step {self.state.global_step} (iteration {self.self_play_iteration}) the weights are not finite "
+                f"(the first is {bad[0]}). They are not saved, so the last checkpoint and iteration are intact. Lower "
+                "`learning_rate`, set `max_grad_norm`, or train in bfloat16 or float32 instead of float16."
+            )
+
+    def _save_checkpoint(self, model, trial):
+        self.check_finite_weights()
+        args, directory = self.args, Path(self.args.output_dir)
+        # A checkpoint that is written over is incomplete until the end, when the Trainer writes this file
+        state_file = directory / f"checkpoint-{self.state.global_step}" / "trainer_state.json"
+        if args.should_save:
+            state_file.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        # The Trainer removes old checkpoints by the clock, and before the other processes have written their part
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            with explain_write_error(directory):
+                super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if args.should_save and limit:
+            step = self.state.global_step
+            older = [path for path in sort_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) <= step]
+            start = max(first for first in self.iteration_steps if first <= step)
+            # Where the iteration began, it can be played again should its game be damaged
+            kept = {*older[-limit:], str(directory / f"checkpoint-{start}"), self.state.best_model_checkpoint}
+            for path in older:
+                if path not in kept:
+                    shutil.rmtree(path)
+
     # ---- Schedule: iterations are made of whole epochs ----
 
     def set_initial_training_values(self, args, dataloader):
@@ -259,6 +455,8 @@ class SPINTrainer(DPOTrainer):
         total.max_steps = -1
         values = list(super().set_initial_training_values(total, dataloader))
         self.steps_per_epoch = values[1]
+        # First step of each iteration, and the end of the last
+        self.iteration_steps = [n * values[1] for n in (0, *accumulate(args.per_iteration("num_train_epochs")))]
         if args.max_steps > 0:
             values[-1] = min(args.max_steps, values[-1])
             values[0] = math.ceil(values[-1] / self.steps_per_epoch)
@@ -303,8 +501,7 @@ class SPINTrainer(DPOTrainer):
         """
         self.self_play_iteration = iteration
         self.beta = self.args.per_iteration("beta")[iteration]
-        first_step = sum(self.args.per_iteration("num_train_epochs")[:iteration]) * self.steps_per_epoch
-        self._check_next_loss = self.state.global_step == first_step
+        self._check_next_loss = self.state.global_step == self.iteration_steps[iteration]
         # Where every pair is played, as is usual, there is nothing to look for in the batches
         margin_loss = set(self.loss_types) <= _MARGIN_LOSS_AT_ZERO.keys() and not self.use_weighting
         self._skip_unplayed = margin_loss and not all(all(pairs["played"]) for pairs in self.games["train"].pairs)
@@ -340,17 +537,37 @@ class SPINTrainer(DPOTrainer):
             result = (loss, outputs) if return_outputs else loss
 
         metrics = self._metrics[mode]
-        num_real, num_generated = (
-            self.accelerator.gather(mask.sum(dim=1)).float() for mask in inputs["completion_mask"].chunk(2, dim=0)
-        )
+        loss = (result[0] if return_outputs else result).detach()
+        real_mask, generated_mask = inputs["completion_mask"].chunk(2, dim=0)
+        lengths = torch.stack([real_mask.sum(dim=1), generated_mask.sum(dim=1)], dim=1)
+        statistics = torch.cat([lengths.to(loss.dtype), loss.expand(len(lengths), 1)], dim=1)
+        num_real, num_generated, losses = self.accelerator.gather(statistics).unbind(dim=1)
+        if mode == "train" and not math.isfinite(losses.sum().item()):
+            raise ValueError(
+                f"The loss of step {self.state.global_step + 1} (iteration {self.self_play_iteration}) is "
+                f"{losses.mean().item()}, with mean log-probs {metrics['logps/chosen'][-1]:.6g} of the real and "
+                f"{metrics['logps/rejected'][-1]:.6g} of the generated answers. The step is not taken, so the last "
+                "checkpoint and iteration are intact. Lower `learning_rate`, set `max_grad_norm`, or train in bfloat16 "
+                "or float32 instead of float16."
+            )
         self._real_nll[mode][0] -= metrics["logps/chosen"][-1] * len(num_real)
         self._real_nll[mode][1] += num_real.sum().item()
         if mode == "train" and self._check_next_loss:
-            loss = (result[0] if return_outputs else result).detach()
-            metrics["self_play/initial_loss"].append(self.accelerator.gather(loss).mean().item())
+            metrics["self_play/initial_loss"].append(losses.mean().item())
             self._check_initial_loss(num_real.mean().item(), num_generated.mean().item())
             self._check_next_loss = False
         return result
+
+    def reset_metrics(self, mode: str):
+        """
+        Forgets what was measured since the last log.
+
+        Args:
+            mode (`str`):
+                `"train"` or `"eval"`.
+        """
+        self._metrics[mode].clear()
+        self._real_nll[mode] = [0.0, 0.0]
 
     def _drop_unplayed(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """Leaves out pairs of two equal answers, which have zero gradient, and tells which share of the pairs stays."""
