@@ -20,7 +20,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl_spin import SPINConfig
+from trl_spin import SPINConfig, SPINTrainer
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # every test makes what it needs; a lookup on the Hub is a fault
@@ -91,6 +91,19 @@ def make_args(output_dir, **kwargs) -> SPINConfig:
         "disable_tqdm": True,
     }
     return SPINConfig(**(defaults | kwargs))
+
+
+def make_trainer(tmp_path, tokenizer=None, dataset=None, model=None, callbacks=None, **kwargs):
+    tokenizer = tokenizer or make_tokenizer()
+    trainer_kwargs = {k: kwargs.pop(k) for k in ("eval_dataset", "peft_config", "optimizers") if k in kwargs}
+    return SPINTrainer(
+        model if model is not None else make_model(tokenizer),
+        args=make_args(tmp_path, **kwargs),
+        train_dataset=dataset or make_dataset(),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        **trainer_kwargs,
+    )
 
 
 @pytest.fixture

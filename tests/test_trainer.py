@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_args, make_dataset, make_model, make_tokenizer
+from conftest import make_args, make_dataset, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -36,19 +36,6 @@ from trl_spin.game import load_game
 
 
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.1}
-
-
-def make_trainer(tmp_path, tokenizer=None, dataset=None, model=None, callbacks=None, **kwargs):
-    tokenizer = tokenizer or make_tokenizer()
-    trainer_kwargs = {k: kwargs.pop(k) for k in ("eval_dataset", "peft_config", "optimizers") if k in kwargs}
-    return SPINTrainer(
-        model if model is not None else make_model(tokenizer),
-        args=make_args(tmp_path, **kwargs),
-        train_dataset=dataset or make_dataset(),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        **trainer_kwargs,
-    )
 
 
 def logp(model, prompt_ids, answer_ids):

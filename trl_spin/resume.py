@@ -432,15 +432,18 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_
         if fault is None:
             epoch = json.loads((checkpoint / "trainer_state.json").read_text())["epoch"]
             if epoch > boundaries[-1]:
-                fault = f"it is at epoch {epoch:.2f}, beyond the {boundaries[-1]} epochs of this run's iterations"
-            elif epoch not in boundaries:  # in the middle of an iteration, whose game it needs
+                raise ValueError(
+                    f"{checkpoint} is at epoch {epoch:g}, beyond the {boundaries[-1]} epochs of "
+                    f"`num_self_play_iterations={args.num_self_play_iterations}`. Ask for at least as many iterations "
+                    "as were played, or resume from an earlier checkpoint by its path."
+                )
+            if epoch not in boundaries:  # in the middle of an iteration, whose game it needs
                 fault = find_game_fault(args.output_dir, bisect_right(boundaries, epoch) - 1)
         if fault is None:
             logger.info(f"Resuming from {checkpoint}.")
             return str(checkpoint)
         faults.append(f"{checkpoint}: {fault}.")
-    for fault in faults:
-        logger.warning(f"Cannot resume from {fault}")
+        logger.warning(f"Cannot resume from {faults[-1]}")
     finished = [path.parent.name for path in Path(args.output_dir).glob(f"iteration-*/{RECORD}")]
     if resume_from_checkpoint is not True or finished:
         raise ValueError(

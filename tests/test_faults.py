@@ -1,0 +1,351 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Faults of files, settings, numbers, data and the opponent's answers: each is named, and none changes a result."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_dataset, make_model, make_tokenizer, make_trainer
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from trl_spin.game import iteration_dir, load_game, read_manifest
+
+
+GAME = {"num_self_play_iterations": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def weights(trainer):
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+def assert_same_weights(trainer, expected):
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped at step 11 of 12, in its second iteration; checkpoints at 4, 6 and 8. And its end."""
+    directory = tmp_path_factory.mktemp("runs")
+    straight = make_trainer(directory / "straight", save_total_limit=0, **GAME)
+    straight.train()
+    make_trainer(directory / "stopped", callbacks=[Stop(11)], save_total_limit=0, **GAME).train()
+    return directory / "stopped", weights(straight)
+
+
+@pytest.fixture
+def run(stopped, tmp_path):
+    """A copy of that run to be damaged, and the weights with which it should end."""
+    shutil.copytree(stopped[0], tmp_path / "run")
+    return tmp_path / "run", stopped[1]
+
+
+def resume(output_dir, resume_from_checkpoint=True, **kwargs):
+    trainer = make_trainer(output_dir, **({"save_total_limit": 0} | GAME | kwargs))
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    return trainer
+
+
+# ---- Checkpoints ----
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut], ids=["missing", "cut"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_an_incomplete_checkpoint_is_skipped_and_named(run, caplog, file, damage):
+    output_dir, expected = run
+    damage(output_dir / "checkpoint-8" / file)
+    trainer = resume(output_dir)
+    assert "checkpoint-8" in caplog.text
+    assert file in caplog.text or "weights are missing" in caplog.text
+    assert_same_weights(trainer, expected)
+
+
+def test_a_given_checkpoint_is_used_or_refused(run):
+    output_dir, expected = run
+    assert_same_weights(resume(output_dir, str(output_dir / "checkpoint-4")), expected)
+    (output_dir / "checkpoint-6" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="checkpoint-6: optimizer.pt is missing"):
+        resume(output_dir, str(output_dir / "checkpoint-6"))
+
+
+def test_without_a_usable_checkpoint_a_run_starts_over_only_if_no_iteration_is_lost(run, caplog):
+    output_dir, expected = run
+    for step in (4, 6, 8):
+        (output_dir / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"(?s)checkpoint-8: trainer_state.json is missing.*finished iteration"):
+        resume(output_dir)
+    shutil.rmtree(output_dir / "iteration-0")
+    assert_same_weights(resume(output_dir), expected)
+    assert "goes on from its beginning" in caplog.text
+
+
+def test_model_only_checkpoints_are_complete_if_asked_for(tmp_path):
+    make_trainer(tmp_path, callbacks=[Stop(7)], save_only_model=True, **GAME).train()
+    with pytest.raises(ValueError, match="checkpoint-6: optimizer.pt is missing"):
+        resume(tmp_path)
+    assert resume(tmp_path, save_only_model=True).state.global_step == 12
+
+
+def test_checkpoints_that_a_resume_needs_are_kept(tmp_path):
+    # The clock of the file system runs backwards
+    class Backwards(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            for path in tmp_path.glob("checkpoint-*"):
+                os.utime(path, (1e9, 1e9 - int(path.name.split("-")[1])))
+
+    kwargs = GAME | {"save_steps": 1, "save_total_limit": 1, "num_self_play_iterations": 3}
+    make_trainer(tmp_path, callbacks=[Stop(9), Backwards()], **kwargs).train()
+    # The newest, and the one at which the iteration began
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
+    resume(tmp_path, **kwargs)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-18"]
+
+
+# ---- The artefact ----
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_game_is_named_and_made_again(run, caplog):
+    output_dir, expected = run
+    shard = iteration_dir(output_dir, 1) / "train-00000.parquet"
+    before = shard.read_bytes()
+    flip_a_byte(shard)
+    with pytest.raises(ValueError, match="train-00000.parquet is damaged"):
+        load_game(str(output_dir), 1)
+    assert_same_weights(resume(output_dir), expected)
+    assert "checkpoint-8" in caplog.text and "train-00000.parquet is damaged" in caplog.text
+    assert shard.read_bytes() == before
+
+
+def test_an_edited_shard_of_answers_is_named_and_made_again(tmp_path, caplog, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def scored(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trl_spin.generation._COMMIT_SECONDS", -1)
+        patch.setattr("trl_spin.callbacks.SelfPlayCallback.score", scored)
+        with pytest.raises(Killed):
+            make_trainer(tmp_path, generation_token_budget=130).train()
+    first, *others = sorted(tmp_path.glob("self_play/iteration-0/answers-*/train-*.parquet"))
+    assert others
+    flip_a_byte(first)
+    trainer = make_trainer(tmp_path, generation_token_budget=130)
+    trainer.train(resume_from_checkpoint=True)
+    assert f"{first} is damaged" in caplog.text
+    # Only the answers of that shard were generated again, and the whole game is as it should be
+    assert "prompts were answered before" in caplog.text and "12 of 12" not in caplog.text
+    straight = make_trainer(tmp_path / "straight", generation_token_budget=130)
+    straight.train()
+    assert_same_weights(straight, weights(trainer))
+    assert not list(tmp_path.rglob("answers-*"))
+
+
+def test_the_manifest_says_what_the_game_depends_on(stopped):
+    output_dir, _ = stopped
+    manifest = read_manifest(output_dir, 1)
+    assert manifest["opponent"]["model"] == "iteration-0"
+    assert manifest["opponent"]["fingerprint"] != read_manifest(output_dir, 0)["opponent"]["fingerprint"]
+    assert {"schema_version", "seed", "sampling", "data", "chat_template", "versions", "metrics"} <= manifest.keys()
+    assert [(s["dataset"], s["rows"]) for s in manifest["shards"]] == [("train", 12)]
+    assert not list(output_dir.rglob("self_play/**/*.p*kl")) and not list(output_dir.rglob("self_play/**/*.pt"))
+
+
+def test_a_game_of_another_schema_is_refused(run):
+    output_dir, _ = run
+    path = iteration_dir(output_dir, 1) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    with pytest.raises(ValueError, match="schema version 99"):
+        resume(output_dir)
+
+
+# ---- The contract ----
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"beta": 0.5}, r"`beta` was \[0.1, 0.1\] and is \[0.5, 0.5\]"),
+        ({"learning_rate": [1e-3, 1e-4]}, "`learning_rate` was"),
+        ({"loss_type": ["hinge"]}, "`loss_type` was"),
+        ({"seed": 1}, "`seed` was 42 and is 1"),
+        ({"max_length": 200}, "`max_length` was"),
+        ({"max_completion_length": 13}, "`max_completion_length` was 12 and is 13"),
+        ({"temperature": 0.9}, "`temperature` was 1.0 and is 0.9"),
+        ({"per_device_train_batch_size": 2}, "`per_device_train_batch_size` was 4 and is 2"),
+        ({"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps` was 1 and is 2"),
+        ({"peft_config": LoraConfig(r=4)}, "`adapter` was None"),
+        ({"dataset": make_dataset(13)}, "`data` was .*12 rows.*13 rows"),
+        ({"dataset": make_dataset(12).select(range(11, -1, -1))}, "`data` was"),
+        ({"model": make_model(make_tokenizer(), seed=1)}, "`model` was"),
+        ({"tokenizer": make_tokenizer("{# new #}" + make_tokenizer().chat_template)}, "`chat_template` was"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_other_settings_are_refused(run, kwargs, message):
+    with pytest.raises(ValueError, match=f"(?s){message}.*another `output_dir`"):
+        resume(run[0], **kwargs)
+
+
+def test_lora_of_another_shape_is_refused(tmp_path):
+    make_trainer(tmp_path, callbacks=[Stop(5)], peft_config=LoraConfig(r=4), **GAME).train()
+    with pytest.raises(ValueError, match=r"`adapter` was .*'r': 4.* and is .*'r': 8"):
+        resume(tmp_path, peft_config=LoraConfig(r=8))
+
+
+def test_settings_that_change_nothing_may_change(run):
+    output_dir, expected = run
+    kwargs = {"logging_steps": 3, "save_steps": 5, "precompute_ref_batch_size": 4, "generation_token_budget": 9999}
+    trainer = resume(output_dir, **kwargs, num_self_play_iterations=3, learning_rate=[1e-3, 1e-3, 1e-4])
+    assert trainer.state.global_step == 18
+    end_of_iteration_1 = make_trainer(output_dir.parent / "two", model=str(output_dir / "iteration-1"))
+    assert_same_weights(end_of_iteration_1, expected)
+    with pytest.raises(ValueError, match="checkpoint-18 is at epoch 6, beyond the 4 epochs"):
+        resume(output_dir)
+
+
+def test_other_library_versions_are_a_warning(run, caplog):
+    path = run[0] / "self_play" / "run.json"
+    path.write_text(path.read_text().replace('"trl": "', '"trl": "0.'))
+    assert_same_weights(resume(run[0]), run[1])
+    assert "made with trl 0." in caplog.text
+
+
+def test_only_runs_of_self_play_are_resumed(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match="no self-play run to resume"):
+        resume(tmp_path)
+
+
+def test_a_second_job_stops(run):
+    class Second(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            code = "from test_faults import resume; import sys; resume(sys.argv[1])"
+            job = subprocess.run(
+                [sys.executable, "-c", code, str(run[0])], cwd=Path(__file__).parent, capture_output=True, text=True
+            )
+            assert f"ValueError: Another job is running in `output_dir` ({run[0]})" in job.stderr
+            assert f'"pid": {os.getpid()}' in job.stderr
+
+    assert_same_weights(resume(run[0], callbacks=[Stop(9), Second()]), weights(resume(run[0], callbacks=[Stop(9)])))
+
+
+# ---- Numbers ----
+
+
+class Poison(TrainerCallback):
+    """Makes a weight NaN after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            model.model.norm.weight.data[0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "step, message",
+    [
+        (10, r"(?s)loss of step 11 \(iteration 1\) is nan.*intact"),
+        (8, r"After step 8 \(iteration 1\) the weights are not finite \(the first is model.norm.weight\)"),
+        (6, r"After step 6 .* the weights are not finite"),
+    ],
+    ids=["in training", "before a checkpoint", "before a promotion"],
+)
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, stopped, step, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, callbacks=[Poison(step)], save_total_limit=0, **GAME).train()
+    assert (tmp_path / "iteration-0").is_dir() == (step > 6)
+    assert_same_weights(resume(tmp_path), stopped[1])
+
+
+def test_promotion_refuses_weights_that_are_not_finite(tmp_path):
+    with pytest.raises(ValueError, match="the weights are not finite"):
+        make_trainer(tmp_path, callbacks=[Poison(3)]).train()  # with no checkpoints that would have noticed
+    assert not (tmp_path / "iteration-0").exists()
+
+
+def test_a_model_that_overflows_does_not_start(tmp_path):
+    model = make_model(make_tokenizer())
+    model.lm_head.weight.data[7] = float("inf")
+    with pytest.raises(ValueError, match=r"log-probs of row \d+ of the train dataset are"):
+        make_trainer(tmp_path, model=model).train()
+
+
+# ---- Memory and disk ----
+
+
+@pytest.mark.parametrize(
+    "function, option",
+    [
+        ("trl_spin.generation.generate_batch", "generation_token_budget"),
+        ("trl_spin.spin_trainer.SPINTrainer.compute_ref_log_probs", "precompute_ref_batch_size"),
+        ("trl_spin.spin_trainer.SPINTrainer.training_step", "gradient_checkpointing"),
+    ],
+)
+def test_out_of_memory_names_the_option(tmp_path, monkeypatch, function, option):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(function, out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match=f"(?s)Out of memory in .*`{option}.*2.00 GiB"):
+        make_trainer(tmp_path).train()
+
+
+@pytest.mark.parametrize("full", ["self_play/iteration-1/train-00000.parquet.tmp", "checkpoint-8/optimizer.pt"])
+def test_a_full_disk(tmp_path, stopped, full):
+    path = tmp_path / full
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/dev/full")  # every write fails with "no space left on device"
+    with pytest.raises(OSError, match=rf"Writing to {tmp_path} failed.*B are free there.*intact"):
+        make_trainer(tmp_path, save_total_limit=0, **GAME).train()
+    path.unlink()
+    assert_same_weights(resume(tmp_path), stopped[1])
+
+
+def test_a_directory_that_cannot_be_written_to():
+    with pytest.raises(OSError, match=r"`output_dir` \(/proc\) cannot be written to") as error:
+        make_trainer("/proc").train()
+    assert error.value.__cause__.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS)
