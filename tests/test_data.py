@@ -12,12 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import tempfile
+
 import pytest
 from conftest import CHATML, make_args, make_dataset, make_model, make_tokenizer
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from trl_spin import SPINTrainer
 from trl_spin.data import find_end_token_ids, prepare_dataset
+from trl_spin.game import PAIR_FEATURES, load_game, store_game
 
 
 # Templates of different shapes. "</s>"-like tokens here are `<turn>`, `</turn>`, `<eos>`.
@@ -224,3 +229,56 @@ def test_faults_of_the_tokenizer_and_of_the_columns():
     unstable = make_tokenizer("{{ messages | length }}" + CHATML)
     with pytest.raises(ValueError, match="Row 0 .*renders the prompt differently"):
         prepare(make_dataset(2), unstable)
+
+
+HOSTILE = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<eos>",
+    "<turn>",
+    "</turn>",
+    "<think>",
+    "</think>",
+    "<pad>",
+    "\x00",
+    "\n",
+    " ",
+]
+# Whatever Arrow can hold, which is all but lone surrogates
+TEXT = st.lists(st.sampled_from(HOSTILE) | st.text(st.characters(exclude_categories=["Cs"])), max_size=4).map("".join)
+CONVERSATION = st.tuples(st.none() | TEXT, st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=50, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(conversations=st.lists(CONVERSATION, min_size=1, max_size=8))
+def test_any_conversation_keeps_the_invariants(name, conversations):
+    tokenizer = make_tokenizer(*TEMPLATES[name][:2])
+    rows = [{"messages": [USER, ASSISTANT]}]
+    for system, turns in conversations:
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for user, assistant in turns:
+            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        rows.append({"messages": messages})
+    dataset = Dataset.from_list(rows)
+    end_token_ids = find_end_token_ids(dataset, "train", tokenizer, make_args("unused"), [])
+    prepared, left_out = prepare(rows, tokenizer)
+    assert len(prepared) + left_out.total() == len(rows)
+    for row in prepared:
+        prompt = tokenizer.apply_chat_template(rows[row["row"]]["messages"][:-1], add_generation_prompt=True)
+        assert row["prompt_ids"] == prompt["input_ids"]
+        assert [token in end_token_ids for token in row["real_ids"]] == [False] * (len(row["real_ids"]) - 1) + [True]
+    pairs = Dataset.from_list(
+        [
+            {
+                **row,
+                **dict.fromkeys(("truncated", "empty", "identical", "played"), False),
+                **{"opponent": 0, "generated_ids": [], "ref_real_logps": 0.0, "ref_generated_logps": 0.0},
+            }
+            for row in prepared
+        ],
+        features=PAIR_FEATURES,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        store_game(directory, 0, {"train": pairs}, {"request": ""})
+        assert load_game(directory, 0)["train"][:] == pairs[:]

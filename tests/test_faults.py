@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_dataset, make_model, make_tokenizer, make_trainer
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -349,3 +350,269 @@ def test_a_directory_that_cannot_be_written_to():
     with pytest.raises(OSError, match=r"`output_dir` \(/proc\) cannot be written to") as error:
         make_trainer("/proc").train()
     assert error.value.__cause__.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+# ---- Preflight ----
+
+
+def test_dry_run_prints_the_plan_and_stops(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, dry_run=True, num_train_epochs=[1, 2], dataset=make_dataset(10))
+    before = weights(trainer)
+    trainer.train()
+    plan = capsys.readouterr().out
+    for text in (
+        "one copy in memory",
+        "10 prompts (0 rows left out)",
+        "9 steps in all",
+        "20 answers of up to 12 tokens",
+    ):
+        assert text in plan
+    assert_same_weights(trainer, before)
+    assert {p.name for p in tmp_path.rglob("*")} <= {"self_play", "lock", "job.json"}
+    make_trainer(tmp_path).train()  # nothing stands in the way
+
+
+def test_the_rehearsal_leaves_no_trace(tmp_path, monkeypatch):
+    kwargs = {"peft_config": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5), "logging_steps": 2}
+    rehearsed = make_trainer(tmp_path / "rehearsed", **kwargs)
+    rehearsed.train()
+    monkeypatch.setattr("trl_spin.callbacks.SelfPlayCallback.rehearse", lambda self: None)
+    trainer = make_trainer(tmp_path / "not", **kwargs)
+    trainer.train()
+    assert_same_weights(trainer, weights(rehearsed))
+    for logs, others in zip(trainer.state.log_history, rehearsed.state.log_history, strict=True):
+        timed = ("time", "second", "runtime")
+        assert {k: v for k, v in logs.items() if not any(t in k for t in timed)} == {
+            k: v for k, v in others.items() if not any(t in k for t in timed)
+        }
+
+
+def test_a_fault_of_training_shows_before_anything_is_generated(tmp_path):
+    model = make_model(make_tokenizer(), attention_dropout=0.5)
+    with pytest.raises(ValueError, match="dropout"):
+        make_trainer(tmp_path, model=model, disable_dropout=False).train()
+    assert not iteration_dir(str(tmp_path), 0).exists()
+    make_trainer(tmp_path).train()  # the directory is not spoiled
+
+
+def test_a_disk_that_is_too_small(tmp_path, monkeypatch, caplog):
+    def free(size):
+        monkeypatch.setattr(
+            "trl_spin.preflight.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9e9, 0, size)
+        )
+
+    # 110 kB of weights, three times as much in a checkpoint
+    free(300_000)
+    with pytest.raises(ValueError, match="300kB of free space, but the next iteration may need"):
+        make_trainer(tmp_path, save_strategy="epoch").train()
+    free(1_000_000)
+    make_trainer(tmp_path, save_strategy="epoch", num_self_play_iterations=3).train()
+    assert "the whole run may need" in caplog.text
+
+
+# ---- Hostile rows, by number in the list of faults ----
+
+USER, ANSWER = {"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Blue."}
+GOOD = {"messages": [USER, ANSWER]}
+STRICT = (  # a template that insists on turns, as Mistral's and Gemma's
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate.') }}{% endif %}" + make_tokenizer().chat_template.split("%}", 1)[1]
+)
+
+
+def row(content, answer="Blue."):
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.mark.parametrize(
+    "rows, kwargs, outcome",
+    [
+        pytest.param([GOOD, row("x" * 300)], {"max_length": 128}, {"too_long": 1}, id="49 prompt beyond max_length"),
+        pytest.param([row("x" * 300)], {"max_length": 128}, "No row .*raise `max_length`", id="49 all of them"),
+        pytest.param(
+            [GOOD, row("x", "y" * 300)], {"max_length": 128}, {"too_long": 1}, id="50 answer beyond max_length"
+        ),
+        pytest.param(
+            [GOOD, row("x" * 600)], {"max_length": None}, {"too_long": 1}, id="51 beyond the model's context"
+        ),
+        pytest.param([GOOD], {"template": None}, "no chat template", id="52 no chat template"),
+        pytest.param(
+            [GOOD], {"template": "{{ messages | length }}"}, "Row 0 .*differently", id="52 unstable template"
+        ),
+        pytest.param(
+            [GOOD], {"template": "{{ tools[0]['function']['name'] }}"}, "Row 0 .*refuses", id="52 template needs tools"
+        ),
+        pytest.param([GOOD, {"messages": [USER, ANSWER, USER]}], {}, {}, id="53 open end"),
+        pytest.param([GOOD, {"messages": [USER]}], {}, "Row 1 .*no assistant turn", id="53 no answer"),
+        pytest.param(
+            [GOOD, {"messages": [{"role": "system", "content": "x"}]}], {}, "Row 1 .*no assistant", id="53 system only"
+        ),
+        pytest.param([GOOD, {"messages": []}], {}, "Row 1 .*no assistant turn", id="53 empty conversation"),
+        pytest.param([{"messages": [USER, ANSWER, ANSWER]}], {}, {}, id="53 two answers in a row"),
+        pytest.param(
+            [GOOD, {"messages": [USER, ANSWER, ANSWER]}],
+            {"template": STRICT},
+            "Row 1 .*must alternate",
+            id="53 refused",
+        ),
+        pytest.param(
+            [GOOD, row("x", None)], {}, "Row 1 .*`content` of a assistant message is None", id="54 None answer"
+        ),
+        pytest.param([GOOD, row(None)], {}, "Row 1 .*`content` of a user message is None", id="54 None prompt"),
+        pytest.param([GOOD, {"messages": None}], {}, "Row 1 .*`messages` is None", id="54 None conversation"),
+        pytest.param([{"messages": [{"content": "x"}, ANSWER]}], {}, "Row 0 .*no `role`", id="54 no role"),
+        pytest.param([row(3, 4)], {}, "Row 0 .*`content` of a user message is 3", id="54 numbers"),
+        pytest.param([row(["x"], ["y"])], {}, "Row 0 .*parts that are not text", id="54 list of strings"),
+        pytest.param([{"messages": ["x"]}], {}, "Row 0 .*a message is 'x'", id="54 strings for messages"),
+        pytest.param([{"prompt": "x", "completion": 4}], {}, "Row 0 .*`completion` is 4", id="54 number for text"),
+        pytest.param([{"prompt": [USER], "completion": "x"}], {}, "Row 0 .*Both must be", id="54 mixed formats"),
+        pytest.param([GOOD, row("x", "")], {}, {"empty_real": 1}, id="54 empty answer"),
+        pytest.param([row("", "x")], {}, {}, id="54 empty prompt in a template"),
+        pytest.param([GOOD, row("x", "a<|im_end|>b")], {}, {"end_token_in_real": 1}, id="56 end token in an answer"),
+        pytest.param([row("a<|im_end|>b<|im_start|>c")], {}, {}, id="56 special tokens in a prompt"),
+        pytest.param([row("\u202e\x00 \ufeff", "\U0001f600\x00\u200f")], {}, {}, id="56 unicode"),
+        pytest.param([GOOD], {}, {}, id="59 one row"),
+        pytest.param([GOOD] * 3, {"per_device_train_batch_size": 8}, {}, id="59 fewer rows than a batch"),
+        pytest.param([GOOD, row("x" * 600)] * 2, {"dataset_num_proc": 2}, {"too_long": 2}, id="60 several workers"),
+    ],
+)
+def test_hostile_rows(tmp_path, rows, kwargs, outcome):
+    kwargs = dict(kwargs)
+    tokenizer = make_tokenizer(kwargs.pop("template", make_tokenizer().chat_template))
+
+    def play():
+        kwargs.setdefault("max_length", 512)
+        trainer = make_trainer(
+            tmp_path, tokenizer, Dataset.from_list(rows), num_self_play_iterations=1, max_completion_length=4, **kwargs
+        )
+        trainer.train()
+        return trainer
+
+    if isinstance(outcome, str):
+        with pytest.raises((ValueError, TypeError), match=f"(?s){outcome}"):
+            play()
+        return
+    trainer = play()
+    assert trainer.left_out["train"] == outcome
+    assert trainer.state.log_history[0]["self_play/left_out"] == sum(outcome.values())
+    pairs = load_game(str(tmp_path), 0)["train"]
+    assert len(pairs) == len(rows) - sum(outcome.values())
+    for pair in pairs:
+        answer = next(m["content"] for m in rows[pair["row"]]["messages"][::-1] if m["role"] == "assistant")
+        assert tokenizer.decode(pair["real_ids"]) == answer + "<|im_end|>"
+
+
+def test_duplicates_have_answers_of_their_own(tmp_path):
+    make_trainer(tmp_path, dataset=Dataset.from_list([GOOD] * 6)).train()
+    assert len(set(map(tuple, load_game(str(tmp_path), 0)["train"]["generated_ids"]))) == 6
+
+
+def test_more_processes_than_rows_or_batches_without_rows(tmp_path):
+    with pytest.raises(ValueError, match="3 rows do not fill one batch of 4"):
+        make_trainer(tmp_path, dataset=make_dataset(3), dataloader_drop_last=True).train()
+
+
+# ---- Oddities of the opponent ----
+
+
+END = make_tokenizer().eos_token_id
+
+
+@pytest.mark.parametrize(
+    "answer, truncated, kwargs, message",
+    [
+        ([END], False, {}, r"12 are empty.*Row 0: '<\|im_end\|>'.*chat template"),
+        ([220, END], False, {}, "12 are empty"),  # white space
+        ([5, 6], True, {"truncated_completions": "drop"}, "12 are truncated.*raise `max_completion_length`"),
+        ("real", False, {}, "12 are identical.*by heart"),
+    ],
+    ids=["37 all empty", "38 all white space", "39 all truncated", "40 all identical"],
+)
+def test_a_game_without_a_pair_to_learn_from_stops(tmp_path, monkeypatch, answer, truncated, kwargs, message):
+    trainer = opponent(
+        monkeypatch, tmp_path, lambda i, real: (real if answer == "real" else answer, truncated), **kwargs
+    )
+    with pytest.raises(ValueError, match=f"(?s)Iteration 0 has nothing to learn from: .*{message}"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (lambda i, real: ([END] if i else [5, END], False), "92% of the generated answers are empty"),
+        (lambda i, real: ([5, 6 + i], True), "100% of the generated answers are truncated. Raise"),
+        (lambda i, real: (real if i else [5, END], False), "92% of the generated answers are identical"),
+        (
+            lambda i, real: ([5, 5, 5, END], False),
+            "8% of the generated answers are distinct, but 58% of the real ones",
+        ),
+    ],
+    ids=["38 empty", "39 truncated", "40 identical", "41 the same for all"],
+)
+def test_a_doubtful_opponent_is_named(tmp_path, monkeypatch, caplog, answer, message):
+    opponent(monkeypatch, tmp_path, answer).train()
+    assert message in caplog.text
+
+
+def opponent(monkeypatch, tmp_path, answer, **kwargs):
+    """A trainer whose opponent gives the answers that a function of the index and the real answer makes."""
+    trainer = make_trainer(tmp_path, num_self_play_iterations=1, **kwargs)
+    real = trainer.games["train"].rows["real_ids"][:]
+
+    def generate(*args, prompts, **kwargs):
+        answers = [answer(i, real[i]) for i in range(len(prompts))]
+        return [
+            {"prompt_ids": prompt, "generated_ids": ids, "truncated": truncated}
+            for prompt, (ids, truncated) in zip(prompts, answers, strict=True)
+        ]
+
+    monkeypatch.setattr("trl_spin.callbacks.generate", generate)
+    return trainer
+
+
+def test_special_tokens_in_an_answer_open_no_new_turn(tmp_path, monkeypatch):
+    start = make_tokenizer().convert_tokens_to_ids("<|im_start|>")
+    trainer = opponent(monkeypatch, tmp_path, lambda i, real: ([5, start, 6, i, END], False))
+    trainer.train()
+    item = trainer.games["train"][3]
+    assert item["rejected_ids"] == [5, start, 6, 3, END]
+    assert item["prompt_ids"] == trainer.games["train"].rows[3]["prompt_ids"]
+
+
+def test_padding_with_the_end_token_masks_no_answer(tmp_path):
+    tokenizer = make_tokenizer()
+    expected = make_trainer(tmp_path / "pad", tokenizer, model=make_model(tokenizer))
+    expected.train()
+    same = make_tokenizer()
+    same.pad_token = same.eos_token
+    trainer = make_trainer(tmp_path / "eos", same, model=make_model(tokenizer))
+    trainer.train()
+    assert trainer.processing_class.pad_token_id == trainer.processing_class.eos_token_id
+    assert_same_weights(trainer, weights(expected))
+
+
+# ---- Security ----
+
+
+def test_code_of_a_model_runs_only_if_trusted(tmp_path):
+    tokenizer = make_tokenizer()
+    make_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"]}
+    config |= {"auto_map": {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+
+    def play(**kwargs):
+        trainer = make_trainer(tmp_path / "run", model=str(tmp_path / "model"), num_self_play_iterations=1, **kwargs)
+        trainer.train()
+        return trainer
+
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        play()
+    assert type(play(trust_remote_code=True).model).__name__ == "OwnModel"

@@ -20,6 +20,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, List, Value
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
@@ -154,7 +155,7 @@ def find_end_token_ids(
         dataset[0], 0, name, (prompt_column, answer_column), args.first_turn_only, args.chat_template_kwargs
     )
     if isinstance(prompt, list):
-        closing = _render_probe(tokenizer, prompt, template_kwargs)[1]
+        closing = _render_probe(tokenizer, prompt, template_kwargs, f"Row 0 of the {name} dataset")[1]
         special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         closing_ids = [i for i in tokenizer(closing, add_special_tokens=False)["input_ids"] if i in special]
         if not closing_ids:
@@ -276,38 +277,46 @@ def _clean_message(message: Any, where: str) -> dict[str, Any]:
     content = message.setdefault("content", "" if message.get("tool_calls") else None)
     if content is None:
         raise ValueError(f"{where}: the `content` of a {message['role']} message is None. Fix or remove the row.")
-    if isinstance(content, list) and any(part.get("type") != "text" for part in content):
+    if not isinstance(content, (str, list)):
+        raise TypeError(f"{where}: the `content` of a {message['role']} message is {content!r}, expected text.")
+    if isinstance(content, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in content):
         raise ValueError(f"{where} has message parts that are not text. SPINTrainer plays on text only.")
     return message
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], kwargs: dict, generation_prompt: bool) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], kwargs: dict, where: str, prompt: bool) -> str:
     if tokenizer.chat_template is None and "chat_template" not in kwargs:
         raise ValueError(
             "The dataset holds conversations, but the tokenizer has no chat template. Set `tokenizer.chat_template` to "
             "the one the model was fine-tuned with and pass the tokenizer as `processing_class`, or use text `prompt` "
             "and `completion` columns."
         )
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **kwargs)
+    except TemplateError as error:
+        raise ValueError(
+            f"{where}: the chat template refuses the conversation, whose roles are {[m['role'] for m in messages]}: "
+            f"{error} Fix or remove the row."
+        ) from error
 
 
-def _render_probe(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], kwargs: dict) -> tuple[str, str]:
+def _render_probe(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], kwargs: dict, where: str) -> tuple[str, str]:
     """What the chat template writes before (prompt included) and after an assistant turn's content."""
-    rendered = _render(tokenizer, prompt + [{"role": "assistant", "content": _PROBE}], kwargs, generation_prompt=False)
+    rendered = _render(tokenizer, prompt + [{"role": "assistant", "content": _PROBE}], kwargs, where, prompt=False)
     before, _, after = rendered.rpartition(_PROBE)
     return before, after
 
 
 def _split_rendered(tokenizer, prompt: list[dict], answer: dict, kwargs: dict, where: str) -> tuple[str, str]:
     """Prompt with its generation prompt, and the answer that follows it, both as rendered text."""
-    prompt_text = _render(tokenizer, prompt, kwargs, generation_prompt=True)
-    full_text = _render(tokenizer, prompt + [answer], kwargs, generation_prompt=False)
+    prompt_text = _render(tokenizer, prompt, kwargs, where, prompt=True)
+    full_text = _render(tokenizer, prompt + [answer], kwargs, where, prompt=False)
     if full_text.startswith(prompt_text):
         return prompt_text, full_text[len(prompt_text) :]
     # Some templates end the generation prompt with text that they do not write before an answer, such as an empty
     # thinking block. The answer is sampled after the generation prompt, so that is where the real one goes as well.
-    before, _ = _render_probe(tokenizer, prompt, kwargs)
-    bare_prompt = _render(tokenizer, prompt, kwargs, generation_prompt=False)
+    before, _ = _render_probe(tokenizer, prompt, kwargs, where)
+    bare_prompt = _render(tokenizer, prompt, kwargs, where, prompt=False)
     if not (before.startswith(bare_prompt) and prompt_text.startswith(bare_prompt) and full_text.startswith(before)):
         raise ValueError(
             f"{where}: the chat template renders the prompt differently when an answer follows, so the real answer "

@@ -449,6 +449,12 @@ class SPINTrainer(DPOTrainer):
     # ---- Schedule: iterations are made of whole epochs ----
 
     def set_initial_training_values(self, args, dataloader):
+        if len(dataloader) == 0:
+            raise ValueError(
+                f"{len(self.games['train'])} rows do not fill one batch of {args.per_device_train_batch_size} on each of "
+                f"{self.accelerator.num_processes} processes: lower `per_device_train_batch_size`, or set "
+                "`dataloader_drop_last=False`."
+            )
         # `num_train_epochs` counts passes per iteration, the Trainer counts all of them
         total = copy.copy(args)
         total.num_train_epochs = sum(args.per_iteration("num_train_epochs"))
