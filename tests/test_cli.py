@@ -172,6 +172,12 @@ def test_a_run_goes_on_with_more_iterations(sft, monkeypatch):
     assert_equal_weights(*(sft / run / "iteration-2" / "model.safetensors" for run in ("straight", "resumed")))
 
 
+def test_dry_run_leaves_no_model(sft, monkeypatch, capsys):
+    run(monkeypatch, [*command_line(sft, "dry"), "--dry_run"])
+    assert "Self-play plan" in capsys.readouterr().out
+    assert not list((sft / "dry").rglob("*.safetensors"))
+
+
 def test_help_is_complete():
     result = subprocess.run([sys.executable, "-m", "trl_spin", "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -246,6 +246,13 @@ def test_settings_that_change_nothing_may_change(run):
         resume(output_dir)
 
 
+def test_folders_of_earlier_iterations_may_be_deleted(run):
+    output_dir, expected = run
+    shutil.rmtree(output_dir / "iteration-0")
+    shutil.rmtree(iteration_dir(output_dir, 0))
+    assert_same_weights(resume(output_dir), expected)
+
+
 def test_other_library_versions_are_a_warning(run, caplog):
     path = run[0] / "self_play" / "run.json"
     path.write_text(path.read_text().replace('"trl": "', '"trl": "0.'))

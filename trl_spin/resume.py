@@ -290,7 +290,8 @@ def weights_fingerprint(accelerator: Accelerator, model: torch.nn.Module) -> str
             factors = torch.arange(1, 2 * len(chunk), 2, device=chunk.device)
             digest.update(str((chunk.long() * factors).sum().item()).encode())
     parts = gather_object([digest.hexdigest()]) if accelerator.num_processes > 1 else [digest.hexdigest()]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    # One and the same for all processes, unless each has another part of the model
+    return parts[0] if len(set(parts)) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:
