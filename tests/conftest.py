@@ -106,6 +106,35 @@ def make_trainer(tmp_path, tokenizer=None, dataset=None, model=None, callbacks=N
     )
 
 
+def logp(model, prompt_ids, answer_ids):
+    """Summed log-prob of an answer, written out."""
+    logits = model(torch.tensor([prompt_ids + answer_ids])).logits[0].float()
+    logps = logits.log_softmax(dim=-1)[len(prompt_ids) - 1 : -1]
+    return logps[range(len(answer_ids)), answer_ids].sum()
+
+
+def first_losses(trainer):
+    """First training loss of each iteration."""
+    boundaries = [i for i, logs in enumerate(trainer.state.log_history) if "self_play/iteration" in logs]
+    return [next(logs["loss"] for logs in trainer.state.log_history[i:] if "loss" in logs) for i in boundaries]
+
+
+def assert_loss_and_gradient(trainer, rows, expected):
+    """The trainer's loss on rows of a game, and its gradient, are those of a loss that is written out."""
+    policy = trainer.model
+    policy.zero_grad()
+    expected.backward()
+    gradients = {k: p.grad.clone() for k, p in policy.named_parameters() if p.requires_grad}
+    policy.zero_grad()
+    policy.train()
+    loss = trainer.compute_loss(policy, trainer._prepare_inputs(trainer.data_collator(rows)))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    scale = max(g.abs().max() for g in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(policy.get_parameter(name).grad, gradient, atol=1e-5 * scale, rtol=1e-3, msg=name)
+
+
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()

@@ -38,6 +38,7 @@ ADDED_FIELDS = {
     "first_turn_only",
     "generation_kwargs",
     "generation_token_budget",
+    "gsil_shift",
     "initial_loss_tolerance",
     "max_completion_length",
     "max_prompts",
@@ -47,8 +48,12 @@ ADDED_FIELDS = {
     "opponent_history",
     "play_empty_completions",
     "prompt_column",
+    "reference_alpha",
     "repetition_penalty",
     "reset_optimizer_state",
+    "sft_weight",
+    "space_mu",
+    "t_spin_history_weight",
     "temperature",
     "top_k",
     "top_p",
@@ -61,6 +66,7 @@ OVERRIDES = {
     "_precompute_ref_logps",
     "_prepare_dataset",
     "_save_checkpoint",
+    "_set_signature_columns_if_needed",
     "compute_ref_log_probs",
     "create_model_card",
     "create_scheduler",
@@ -104,7 +110,7 @@ def test_added_options():
         assert not added & set(other.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("name", sorted(ADDED_FIELDS | {"beta", "learning_rate", "num_train_epochs"}))
+@pytest.mark.parametrize("name", sorted(ADDED_FIELDS | {"beta", "learning_rate", "loss_type", "num_train_epochs"}))
 def test_docstring_and_help_agree(name):
     entry = re.search(rf"^ +{name} \(.*?\):\n(.*?)(?=^ +\w+ \(`|^ +> |\Z)", SPINConfig.__doc__, re.M | re.S)
     text = re.sub(r"\[`~?(?:\w+\.)*(\w+)`\]", r"`\1`", " ".join(entry[1].split()))

@@ -39,7 +39,7 @@ from .game import (
     read_answers,
     read_manifest,
     store_game,
-    with_reference_logps,
+    with_logps,
     write_answers,
 )
 from .generation import generate, length_sorted_batches, map_batches, row_seed
@@ -60,7 +60,7 @@ _SAMPLING_OPTIONS = (
     *("generation_kwargs", "cache_implementation"),
 )
 # Options that decide what becomes of it
-_PAIR_OPTIONS = ("truncated_completions", "play_empty_completions", "opponent_history")
+_PAIR_OPTIONS = ("truncated_completions", "play_empty_completions", "opponent_history", "reference_alpha")
 _REHEARSAL_TOKENS = 16
 
 
@@ -94,6 +94,8 @@ class SelfPlayCallback(TrainerCallback):
         if args.dry_run:
             raise DryRun
         self.trainer.write_run()
+        if args.reference_alpha < 1 and state.global_step == 0:
+            self.trainer.keep_base_weights()
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         iteration = bisect_right(self.trainer.iteration_steps, state.global_step) - 1
@@ -165,11 +167,16 @@ class SelfPlayCallback(TrainerCallback):
         fork = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
         num_tokens, training = trainer._total_train_tokens, trainer.model_wrapped.training
         with torch.random.fork_rng(**fork), torch.no_grad():
-            pairs = self._score("train", self._answer("train", rows, 0, args, desc="Rehearsal"), args)
+            pairs = self._answer("train", rows, 0, args, desc="Rehearsal")
+            logps = self._score("train", pairs, args)
+            pairs = with_logps(with_logps(pairs, "ref", logps), "base", logps)
             trainer.begin_iteration(0)
             trainer._check_next_loss = True
             trainer.model_wrapped.train()
-            inputs = trainer.data_collator([GameDataset.serve(pair) for pair in pairs])
+            served = [GameDataset.serve(pair) for pair in pairs]
+            if trainer.plays_triplets:
+                served = [row | {"proto_ids": row["rejected_ids"]} for row in served]
+            inputs = trainer.data_collator(served)
             trainer.compute_loss(trainer.model_wrapped, trainer._prepare_inputs(inputs))
             trainer.model_wrapped.train(training)
         trainer.reset_metrics("train")
@@ -183,7 +190,7 @@ class SelfPlayCallback(TrainerCallback):
             "opponent": weights_fingerprint(trainer.accelerator, trainer.model_wrapped),
             "seed": args.seed,
             "sampling": {option: getattr(args, option) for option in _SAMPLING_OPTIONS},
-            "pairs": {option: getattr(args, option) for option in _PAIR_OPTIONS},
+            "pairs": {option: getattr(args, option) for option in _PAIR_OPTIONS} | {"margins": trainer.plays_margins},
             "end_token_ids": trainer.end_token_ids,
             "max_length": trainer.max_length,
             **trainer.data_settings(),
@@ -317,7 +324,7 @@ class SelfPlayCallback(TrainerCallback):
             real_ids = real_ids[: len(generated_ids)]
         identical = generated_ids == real_ids
         played = (
-            not identical
+            not (identical and trainer.plays_margins)  # which have zero gradient then
             and (args.play_empty_completions or not empty)
             and not (truncated and args.truncated_completions == "drop")
         )
@@ -334,6 +341,8 @@ class SelfPlayCallback(TrainerCallback):
             "played": played or held_out,
             "ref_real_logps": 0.0,
             "ref_generated_logps": 0.0,
+            "base_real_logps": None,
+            "base_generated_logps": None,
         }
 
     def score(self, pairs: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -351,11 +360,21 @@ class SelfPlayCallback(TrainerCallback):
             `ValueError`: If a log-prob is not finite.
         """
         start = time.perf_counter()
-        scored = {name: self._score(name, dataset, self.trainer.args) for name, dataset in pairs.items()}
+        trainer = self.trainer
+        scored = {
+            name: with_logps(dataset, "ref", self._score(name, dataset, trainer.args))
+            for name, dataset in pairs.items()
+        }
+        if trainer.args.reference_alpha < 1:
+            with trainer.base_weights():
+                scored = {
+                    name: with_logps(dataset, "base", self._score(name, dataset, trainer.args))
+                    for name, dataset in scored.items()
+                }
         self.scoring_time = time.perf_counter() - start
         return scored
 
-    def _score(self, name: str, pairs: Dataset, args: SPINConfig) -> Dataset:
+    def _score(self, name: str, pairs: Dataset, args: SPINConfig) -> list[tuple[float, float]]:
         trainer = self.trainer
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
         lengths = [
@@ -390,7 +409,7 @@ class SelfPlayCallback(TrainerCallback):
                     f"{sides[1]} (generated answer). Its weights or activations overflow: train in bfloat16 or float32 "
                     "instead of float16, lower the learning rate, or check the model that self-play started from."
                 )
-        return with_reference_logps(pairs, logps)
+        return logps
 
     def store(self, iteration: int, request: dict[str, Any], pairs: dict[str, Dataset]):
         """
@@ -444,8 +463,13 @@ class SelfPlayCallback(TrainerCallback):
                 Pairs by name of the dataset.
         """
         trainer = self.trainer
+        first = pairs
+        if trainer.plays_triplets and iteration > 0:
+            first = on_main_process(trainer.accelerator, load_game, trainer.args.output_dir, 0)
         for name, game in trainer.games.items():
             game.swap(pairs[name])
+            if trainer.plays_triplets:
+                game.proto_ids = first[name]["generated_ids"][: len(game)]
         trainer.begin_iteration(iteration)
 
     # ---- The end of an iteration ----

@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,13 @@ PAIR_FEATURES = Features(
         "played": Value("bool"),
         "ref_real_logps": Value("float32"),
         "ref_generated_logps": Value("float32"),
+        # Under the model that self-play started from, if the reference is mixed with it
+        "base_real_logps": Value("float32"),
+        "base_generated_logps": Value("float32"),
     }
 )
+# What a batch holds beside that which DPOTrainer knows
+GAME_COLUMNS = ("played", "base_chosen_logps", "base_rejected_logps")
 
 
 class GameDataset(torch.utils.data.Dataset):
@@ -76,6 +82,7 @@ class GameDataset(torch.utils.data.Dataset):
         self.rows = rows
         self.fingerprint = fingerprint(rows)
         self.pairs: list[Dataset] = []  # one dataset per opponent, the newest first
+        self.proto_ids = None  # the answers of iteration 0, where the objective needs them
         self.turn = 0
 
     def __len__(self) -> int:
@@ -87,7 +94,8 @@ class GameDataset(torch.utils.data.Dataset):
                 f"The game on the {self.name} dataset has not started: the opponent answers the prompts when `train()` "
                 "opens an iteration. Call `train()` before `evaluate()`."
             )
-        return self.serve(self.pairs[(index + self.turn) % len(self.pairs)][index])
+        row = self.serve(self.pairs[(index + self.turn) % len(self.pairs)][index])
+        return row if self.proto_ids is None else row | {"proto_ids": self.proto_ids[index]}
 
     @staticmethod
     def serve(pair: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +117,9 @@ class GameDataset(torch.utils.data.Dataset):
             "rejected_ids": pair[f"{generated}_ids"],
             "ref_chosen_logps": pair["ref_real_logps"],
             "ref_rejected_logps": pair[f"ref_{generated}_logps"],
+            "played": pair["played"],
+            "base_chosen_logps": pair["base_real_logps"],
+            "base_rejected_logps": pair[f"base_{generated}_logps"],
         }
 
     def swap(self, pairs: Dataset):
@@ -137,13 +148,39 @@ class GameDataset(torch.utils.data.Dataset):
         self.pairs = by_opponent
 
 
-def with_reference_logps(pairs: Dataset, logps: list[tuple[float, float]]) -> Dataset:
+class GameCollator:
     """
-    Sets the reference log-probs of pairs.
+    Adds to a batch what DPOTrainer's collator leaves out.
+
+    Args:
+        collator (`Callable`):
+            Collator for pairs of `chosen_ids` and `rejected_ids`.
+    """
+
+    def __init__(self, collator: Callable[[list[dict]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        for column in GAME_COLUMNS:
+            if examples[0].get(column) is not None:
+                batch[column] = torch.tensor([example[column] for example in examples])
+        if "proto_ids" in examples[0]:
+            proto = self.collator([example | {"chosen_ids": example["proto_ids"]} for example in examples])
+            for key in ("input_ids", "attention_mask", "completion_mask"):
+                batch[f"proto_{key}"] = proto[key][: len(examples)]
+        return batch
+
+
+def with_logps(pairs: Dataset, model: str, logps: list[tuple[float, float]]) -> Dataset:
+    """
+    Sets log-probs of pairs.
 
     Args:
         pairs ([`~datasets.Dataset`]):
             Pairs.
+        model (`str`):
+            Whose log-probs: `"ref"` or `"base"`.
         logps (`list[tuple[float, float]]`):
             Summed log-probs of the real and of the generated answer, one tuple per pair.
 
@@ -151,7 +188,8 @@ def with_reference_logps(pairs: Dataset, logps: list[tuple[float, float]]) -> Da
         [`~datasets.Dataset`]: Pairs.
     """
     table = pairs.data.table
-    for column, values in zip(("ref_real_logps", "ref_generated_logps"), zip(*logps, strict=True), strict=True):
+    for side, values in zip(("real", "generated"), zip(*logps, strict=True), strict=True):
+        column = f"{model}_{side}_logps"
         position = table.column_names.index(column)
         table = table.set_column(position, table.field(position), [pyarrow.array(values, pyarrow.float32())])
     return Dataset(InMemoryTable(table))

@@ -71,7 +71,7 @@ _FREE_OPTIONS = {
     # Compared iteration by iteration, or through the rows that come out
     *("num_self_play_iterations", "messages_column", "prompt_column", "completion_column"),
 }
-_PER_ITERATION = ("learning_rate", "num_train_epochs", "beta")
+_PER_ITERATION = ("learning_rate", "num_train_epochs", "beta", "sft_weight")
 
 
 # ---- One decision for all processes ----

@@ -19,7 +19,16 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 from trl import DPOConfig
 
+from .objectives import MARGIN_LOSSES, OBJECTIVES
 
+
+# Losses that DPOTrainer computes (trl 1.16)
+TRL_LOSSES = frozenset(
+    {
+        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    }
+)
 # Options of `DPOConfig` and `TrainingArguments` that contradict self-play: name -> (the value that is accepted, reason).
 _FIXED_OPTIONS = {
     "precompute_ref_log_probs": (
@@ -93,6 +102,25 @@ class SPINConfig(DPOConfig):
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to stop after the preflight: the plan is printed, and two rows have gone through generation, scoring
             and the loss.
+
+        > Parameters that control the objective
+
+        loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
+            Objective of the game: SPIN's `'sigmoid'` (the logistic loss), `'hinge'`, `'exponential'` or
+            `'correlation'`; `'space'`; `'t_spin'`; `'gsil_bernoulli'`, `'gsil_brier'`, `'gsil_hinge'`, `'gsil_kliep'` or
+            `'gsil_lsif'`; `'chi_squared'`; or a loss of [`~trl.DPOTrainer`]. Several are combined with `loss_weights`.
+        sft_weight (`list[float]`, *optional*, defaults to `[0.0]`):
+            Weight of an SFT anchor: the negative log-likelihood of the real answers, per token, is added to the loss. A
+            list gives one value per iteration and its last value holds on.
+        reference_alpha (`float`, *optional*, defaults to `1.0`):
+            α of α-SPIN: the reference is the geometric mixture of the opponent, with weight α, and the model that
+            self-play started from. `1.0` is SPIN, `0.0` a fixed reference. For losses of the margin.
+        space_mu (`float`, *optional*, defaults to `1.0`):
+            Weight μ of the generated answers in `loss_type='space'`.
+        gsil_shift (`float`, *optional*, defaults to `0.0`):
+            Shift of the scaled log-ratios in `loss_type='gsil_...'`; the authors' β.
+        t_spin_history_weight (`float`, *optional*, defaults to `0.1`):
+            Weight β, in `loss_type='t_spin'`, of the generated answers' advantage over the answers of iteration 0.
 
         > Parameters that control the data preprocessing
 
@@ -191,6 +219,46 @@ class SPINConfig(DPOConfig):
         metadata={
             "help": "Number of newest checkpoints to keep, beside the one at which the current iteration began. `0` "
             "keeps all."
+        },
+    )
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={
+            "help": "Objective of the game: SPIN's `'sigmoid'` (the logistic loss), `'hinge'`, `'exponential'` or "
+            "`'correlation'`; `'space'`; `'t_spin'`; `'gsil_bernoulli'`, `'gsil_brier'`, `'gsil_hinge'`, `'gsil_kliep'` "
+            "or `'gsil_lsif'`; `'chi_squared'`; or a loss of `DPOTrainer`. Several are combined with `loss_weights`."
+        },
+    )
+
+    # Parameters that control the objective
+    sft_weight: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={
+            "help": "Weight of an SFT anchor: the negative log-likelihood of the real answers, per token, is added to "
+            "the loss. A list gives one value per iteration and its last value holds on."
+        },
+    )
+    reference_alpha: float = field(
+        default=1.0,
+        metadata={
+            "help": "α of α-SPIN: the reference is the geometric mixture of the opponent, with weight α, and the model "
+            "that self-play started from. `1.0` is SPIN, `0.0` a fixed reference. For losses of the margin."
+        },
+    )
+    space_mu: float = field(
+        default=1.0,
+        metadata={"help": "Weight μ of the generated answers in `loss_type='space'`."},
+    )
+    gsil_shift: float = field(
+        default=0.0,
+        metadata={"help": "Shift of the scaled log-ratios in `loss_type='gsil_...'`; the authors' β."},
+    )
+    t_spin_history_weight: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight β, in `loss_type='t_spin'`, of the generated answers' advantage over the answers of "
+            "iteration 0."
         },
     )
 
@@ -339,7 +407,7 @@ class SPINConfig(DPOConfig):
                 f"`num_self_play_iterations` must be at least 1, got {self.num_self_play_iterations}. For plain "
                 "supervised fine-tuning, use `trl.SFTTrainer`."
             )
-        for name in ("learning_rate", "num_train_epochs", "beta"):
+        for name in ("learning_rate", "num_train_epochs", "beta", "sft_weight"):
             setattr(self, name, self._as_schedule(name))
         if self.dry_run:
             self.report_to = "none"
@@ -369,9 +437,55 @@ class SPINConfig(DPOConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.opponent_history < 0:
             raise ValueError(f"`opponent_history` must be 0 (plain SPIN) or more, got {self.opponent_history}.")
+        self._check_objective()
         if self.truncated_completions not in ("keep", "drop", "cut_real"):
             raise ValueError(
                 f"`truncated_completions` must be 'keep', 'drop' or 'cut_real', got {self.truncated_completions!r}."
+            )
+
+    def _check_objective(self):
+        own = {*OBJECTIVES, "t_spin"} - TRL_LOSSES
+        unknown = sorted(set(self.loss_type) - own - TRL_LOSSES)
+        if unknown:
+            raise ValueError(
+                f"`loss_type` {unknown[0]!r} is unknown. Self-play has {sorted(own | MARGIN_LOSSES)}, and of `DPOTrainer` "
+                f"{sorted(TRL_LOSSES - MARGIN_LOSSES)}."
+            )
+        # An option that does nothing for the chosen losses would be taken for one that does
+        applies = {
+            "space_mu": {"space"},
+            "gsil_shift": {name for name in own if name.startswith("gsil_")},
+            "t_spin_history_weight": {"t_spin"},
+            "label_smoothing": {"robust", "exo_pair", "aot", "aot_unpaired"},
+            "discopop_tau": {"discopop"},
+        }
+        for name, losses in applies.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default and not losses & {*self.loss_type}:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` does nothing for `loss_type={self.loss_type}`: it belongs to "
+                    f"{sorted(losses)}. Leave it unset."
+                )
+        if self.space_mu <= 0:
+            raise ValueError(f"`space_mu` must be positive, got {self.space_mu}.")
+        if self.use_weighting and own & {*self.loss_type}:
+            raise ValueError(
+                f"`use_weighting` is an option of `DPOTrainer`'s losses, and does nothing for {self.loss_type}."
+            )
+        if max(self.per_iteration("sft_weight")) > 0 and "sft" in self.loss_type:
+            raise ValueError(
+                f"`sft_weight={self.sft_weight}` and 'sft' in `loss_type` ({self.loss_type}) are the same anchor: give "
+                "one of the two."
+            )
+        if not 0 <= self.reference_alpha <= 1:
+            raise ValueError(f"`reference_alpha` must be from 0 (fixed reference) to 1, got {self.reference_alpha}.")
+        if self.reference_alpha < 1 and not {*self.loss_type} <= MARGIN_LOSSES | {"sft"}:
+            raise ValueError(
+                f"`reference_alpha={self.reference_alpha}` mixes two models up to a factor per prompt, which cancels only in "
+                f"losses of the margin: {sorted(MARGIN_LOSSES)}. Leave it unset for `loss_type={self.loss_type}`."
+            )
+        if "t_spin" in self.loss_type and self.truncated_completions == "cut_real":
+            raise ValueError(
+                "`truncated_completions='cut_real'` would cut real answers, but not those of iteration 0."
             )
 
     def _as_schedule(self, name: str) -> float | list[float]:
@@ -398,7 +512,7 @@ class SPINConfig(DPOConfig):
 
     def per_iteration(self, name: str) -> list[float]:
         """
-        Values of `learning_rate`, `num_train_epochs` or `beta`, one per self-play iteration.
+        Values of `learning_rate`, `num_train_epochs`, `beta` or `sft_weight`, one per self-play iteration.
 
         Args:
             name (`str`):

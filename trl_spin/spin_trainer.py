@@ -23,10 +23,12 @@ import signal
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
@@ -51,8 +53,9 @@ from trl.trainer.utils import get_config_model_id
 
 from .callbacks import DryRun, SelfPlayCallback
 from .data import find_end_token_ids, prepare_dataset
-from .game import GameDataset, atomic_open
+from .game import GAME_COLUMNS, GameCollator, GameDataset, atomic_open
 from .model_card import add_self_play_section, read_records
+from .objectives import MARGIN_LOSSES, OBJECTIVES, mix_reference, t_spin
 from .resume import (
     RunLock,
     StopRequested,
@@ -66,17 +69,15 @@ from .resume import (
     run_settings,
     weights_fingerprint,
 )
-from .spin_config import SPINConfig
+from .spin_config import TRL_LOSSES, SPINConfig
 
 
 logger = get_logger(__name__)
 
-# ℓ(0) of the losses that depend on a pair through its margin alone. For these, a pair of equal answers has zero
-# gradient and need not go through the model.
-_MARGIN_LOSS_AT_ZERO = {"sigmoid": math.log(2), "hinge": 1.0}
-
 _CARD_SETTINGS = (
     "loss_type",
+    "sft_weight",
+    "reference_alpha",
     "opponent_history",
     "optim",
     "per_device_train_batch_size",
@@ -241,6 +242,14 @@ class SPINTrainer(DPOTrainer):
             for module in self.model.modules():
                 if isinstance(getattr(module, "attention_dropout", None), float):
                     module.attention_dropout = 0.0
+        # DPOTrainer computes the losses that it has, and `_compute_loss` adds the others
+        losses = list(zip(self.loss_types, self.loss_weights, strict=True))
+        self.own_losses = [(name, weight) for name, weight in losses if name not in TRL_LOSSES]
+        self.trl_losses = [(name, weight) for name, weight in losses if name in TRL_LOSSES]
+        # Where real and generated answer are the same, their log-ratios cancel
+        self.plays_margins = {name for name, _ in losses} <= MARGIN_LOSSES and not self.use_weighting
+        self.plays_triplets = "t_spin" in args.loss_type
+        self.data_collator = GameCollator(self.data_collator)
         self.self_play_iteration = 0
         self._skip_unplayed = False
         self._check_next_loss = False
@@ -254,6 +263,12 @@ class SPINTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # Too early: the model, whose end tokens are needed, is not there yet. See `_precompute_ref_logps`.
         return dataset
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [
+            name for name in (*GAME_COLUMNS, "proto_ids") if name not in self._signature_columns
+        ]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> GameDataset:
         # The last thing that DPOTrainer does with a dataset. There is nothing to score before the opponent has
@@ -508,9 +523,55 @@ class SPINTrainer(DPOTrainer):
         self.self_play_iteration = iteration
         self.beta = self.args.per_iteration("beta")[iteration]
         self._check_next_loss = self.state.global_step == self.iteration_steps[iteration]
+        anchor = self.args.per_iteration("sft_weight")[iteration]
+        losses = self.trl_losses + ([("sft", anchor)] if anchor else []) or [("sigmoid", 0.0)]
+        self.loss_types, self.loss_weights = map(list, zip(*losses, strict=True))
         # Where every pair is played, as is usual, there is nothing to look for in the batches
-        margin_loss = set(self.loss_types) <= _MARGIN_LOSS_AT_ZERO.keys() and not self.use_weighting
-        self._skip_unplayed = margin_loss and not all(all(pairs["played"]) for pairs in self.games["train"].pairs)
+        all_played = all(all(pairs["played"]) for pairs in self.games["train"].pairs)
+        self._skip_unplayed = self.plays_margins and not anchor and not all_played
+
+    @property
+    def _base_file(self) -> Path:
+        return Path(self.args.output_dir) / "self_play" / "base.safetensors"
+
+    def _trained_weights(self) -> dict[str, torch.Tensor]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def keep_base_weights(self):
+        """
+        Keeps the weights that self-play starts from, as far as they are trained, for [`~SPINTrainer.base_weights`].
+
+        Raises:
+            `ValueError`: If the model is sharded over the processes.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                f"`reference_alpha={self.args.reference_alpha}` exchanges the model's weights in place, which DeepSpeed "
+                "and FSDP do not allow. Leave it at 1.0, or train with plain data parallelism."
+            )
+
+        def write():
+            with atomic_open(self._base_file) as file:
+                tensors = {name: p.to("cpu").contiguous() for name, p in self._trained_weights().items()}
+                file.write(safetensors.torch.save(tensors))
+
+        with explain_write_error(Path(self.args.output_dir)):
+            on_main_process(self.accelerator, write)
+
+    @contextmanager
+    def base_weights(self):
+        """The model that self-play started from, in the place of the model. Its own weights wait in the main memory."""
+        weights = self._trained_weights()
+        own = {name: p.to("cpu", copy=True) for name, p in weights.items()}
+        base = safetensors.torch.load_file(self._base_file)
+        try:
+            for name, p in weights.items():
+                p.copy_(base[name])
+            yield
+        finally:
+            for name, p in weights.items():
+                p.copy_(own[name])
 
     # ---- Loss and metrics ----
 
@@ -520,34 +581,82 @@ class SPINTrainer(DPOTrainer):
 
         DPOTrainer's method would disable the adapter and score with the model of iteration 0.
         """
-        model_kwargs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         with torch.no_grad(), self.accelerator.autocast():
-            outputs = model(**model_kwargs, labels=labels, use_cache=False, fused_lm_head=True)
-        # Prompt-learning PEFT prepends virtual tokens to the outputs
-        per_token_logps = outputs.log_probs[:, -(labels.size(1) - 1) :]
-        return per_token_logps.sum(dim=1).chunk(2, dim=0)
+            return self._sum_logps(model, inputs).chunk(2, dim=0)
 
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
-        inputs, share = self._drop_unplayed(inputs) if mode == "train" and self._skip_unplayed else (inputs, 1.0)
-        result = super()._compute_loss(model, inputs, return_outputs)
+        game = {key: value for key, value in inputs.items() if key in GAME_COLUMNS or key.startswith("proto_")}
+        inputs = {key: value for key, value in inputs.items() if key not in game}
+        share = 1.0
+        if mode == "train" and self._skip_unplayed:
+            inputs, game, share = self._drop_unplayed(inputs, game)
+        opponent_logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        if self.args.reference_alpha < 1:
+            for side in ("chosen", "rejected"):
+                inputs[f"ref_{side}_logps"] = mix_reference(
+                    inputs[f"ref_{side}_logps"], game[f"base_{side}_logps"], self.args.reference_alpha
+                )
+        seen = []
+
+        def forward(**kwargs):
+            outputs = model(**kwargs)
+            if not seen:
+                if mode == "train" and not self._skip_unplayed:
+                    # A pair that is not played has no gradient, whatever the loss
+                    played = game["played"].repeat(2)[:, None]
+                    outputs.log_probs = torch.where(played, outputs.log_probs, outputs.log_probs.detach())
+                seen.append(outputs)
+            return outputs
+
+        result = super()._compute_loss(forward, inputs, return_outputs)
+        loss, outputs = result if return_outputs else (result, None)
+        logps = seen[0].log_probs[:, -(inputs["input_ids"].size(1) - 1) :].sum(dim=1).chunk(2, dim=0)
+        logratios = [logps[0] - inputs["ref_chosen_logps"], logps[1] - inputs["ref_rejected_logps"]]
+        for name, weight in self.own_losses:
+            if name == "t_spin":
+                proto_logps = self._sum_logps(model, {key[6:]: game[key] for key in game if key.startswith("proto_")})
+                if mode == "train":
+                    proto_logps = torch.where(game["played"], proto_logps, proto_logps.detach())
+                losses = t_spin(*logps, proto_logps, self.beta, self.args.t_spin_history_weight)
+                self._log_objective(mode, "current_margins", logps[0] - logps[1])
+                self._log_objective(mode, "history_margins", logps[1] - proto_logps)
+            else:
+                losses = OBJECTIVES[name](*logratios, self.beta, **self._objective_options(name))
+                if name not in MARGIN_LOSSES:  # each side has a value of its own
+                    self._log_objective(mode, "real_accuracies", (logratios[0] > 0).float())
+                    self._log_objective(mode, "generated_accuracies", (logratios[1] < 0).float())
+            loss = loss + weight * losses.mean()
         if share < 1:
             # Same mean over the whole batch, and same gradient, as if the unplayed pairs had gone through the model
-            at_zero = sum(
-                w * _MARGIN_LOSS_AT_ZERO[loss_type]
-                for loss_type, w in zip(self.loss_types, self.loss_weights, strict=True)
-            )
-            loss, outputs = result if return_outputs else (result, None)
-            loss = share * loss + (1 - share) * at_zero
-            result = (loss, outputs) if return_outputs else loss
+            loss = share * loss + (1 - share) * self._margin_loss_at_zero()
 
+        self._check_step(mode, loss, logps, opponent_logps, inputs["completion_mask"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _objective_options(self, name: str) -> dict[str, float]:
+        if name == "space":
+            return {"mu": self.args.space_mu}
+        return {"shift": self.args.gsil_shift} if name.startswith("gsil_") else {}
+
+    def _margin_loss_at_zero(self) -> float:
+        zero = torch.zeros(1)
+        return sum(weight * OBJECTIVES[name](zero, zero, self.beta).item() for name, weight in self._losses())
+
+    def _losses(self) -> list[tuple[str, float]]:
+        return [*zip(self.loss_types, self.loss_weights, strict=True), *self.own_losses]
+
+    def _log_objective(self, mode: str, name: str, values: torch.Tensor):
+        """A metric of one objective only."""
+        self._metrics[mode][f"objective/{name}"].append(self.accelerator.gather(values.detach()).mean().item())
+
+    def _check_step(self, mode, loss, logps, opponent_logps, completion_mask):
+        """Stops at losses that are not finite, and where an iteration does not start at its reference."""
         metrics = self._metrics[mode]
-        loss = (result[0] if return_outputs else result).detach()
-        real_mask, generated_mask = inputs["completion_mask"].chunk(2, dim=0)
-        lengths = torch.stack([real_mask.sum(dim=1), generated_mask.sum(dim=1)], dim=1)
-        statistics = torch.cat([lengths.to(loss.dtype), loss.expand(len(lengths), 1)], dim=1)
-        num_real, num_generated, losses = self.accelerator.gather(statistics).unbind(dim=1)
+        lengths = [mask.sum(dim=1) for mask in completion_mask.chunk(2, dim=0)]
+        logratios = [policy - opponent for policy, opponent in zip(logps, opponent_logps, strict=True)]
+        statistics = torch.stack([*lengths, *logratios, loss.expand(len(lengths[0]))], dim=1).detach()
+        num_real, num_generated, real, generated, losses = self.accelerator.gather(statistics).unbind(dim=1)
         if mode == "train" and not math.isfinite(losses.sum().item()):
             raise ValueError(
                 f"The loss of step {self.state.global_step + 1} (iteration {self.self_play_iteration}) is "
@@ -560,9 +669,24 @@ class SPINTrainer(DPOTrainer):
         self._real_nll[mode][1] += num_real.sum().item()
         if mode == "train" and self._check_next_loss:
             metrics["self_play/initial_loss"].append(losses.mean().item())
-            self._check_initial_loss(num_real.mean().item(), num_generated.mean().item())
+            # Rounding errors of the tokens add up to about the square root of their number
+            self._check_initial_logratios(
+                (real.mean() / num_real.mean().sqrt()).item(), (generated.mean() / num_generated.mean().sqrt()).item()
+            )
             self._check_next_loss = False
-        return result
+
+    def _sum_logps(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probs of the answers in a batch of sequences."""
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=labels,
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        # Prompt-learning PEFT prepends virtual tokens to the outputs
+        return outputs.log_probs[:, -(labels.size(1) - 1) :].sum(dim=1)
 
     def reset_metrics(self, mode: str):
         """
@@ -575,40 +699,33 @@ class SPINTrainer(DPOTrainer):
         self._metrics[mode].clear()
         self._real_nll[mode] = [0.0, 0.0]
 
-    def _drop_unplayed(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], float]:
-        """Leaves out pairs of two equal answers, which have zero gradient, and tells which share of the pairs stays."""
-        (real, generated), (real_mask, generated_mask) = (
-            inputs[key].chunk(2, dim=0) for key in ("input_ids", "completion_mask")
-        )
-        played = ((real != generated) | (real_mask != generated_mask)).any(dim=1)
+    def _drop_unplayed(self, inputs: dict[str, Any], game: dict[str, Any]) -> tuple[dict, dict, float]:
+        """Leaves out pairs that are not played, which have zero gradient, and tells which share of the pairs stays."""
+        played = game["played"]
         # At least one pair, so that the backward pass runs, and as many on all processes, which gather their metrics
         keep = max(1, int(self.accelerator.gather(played.sum()).max()))
         if keep == len(played):
-            return inputs, 1.0
+            return inputs, game, 1.0
         rows = played.long().argsort(descending=True, stable=True)[:keep]
         both = torch.cat([rows, rows + len(played)])
-        kept = {key: value[rows if key.startswith("ref_") else both] for key, value in inputs.items()}
-        return kept, keep / len(played)
+        inputs = {key: value[rows if key.startswith("ref_") else both] for key, value in inputs.items()}
+        return inputs, {key: value[rows] for key, value in game.items()}, keep / len(played)
 
-    def _check_initial_loss(self, num_real: float, num_generated: float):
-        """At the first step of an iteration the policy is the reference: the log-ratios are 0 and the loss is ℓ(0)."""
-        metrics = self._metrics["train"]
+    def _check_initial_logratios(self, real: float, generated: float):
+        """At the first step of an iteration the policy is the opponent: the log-ratios are 0 and the loss is ℓ(0)."""
         tolerance = self.args.initial_loss_tolerance
         if tolerance is None:
             exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
             tolerance = 1e-3 if exact else 0.1
-        # Rounding errors of the tokens add up to about the square root of their number
-        real = metrics["rewards/chosen"][-1] / self.beta / math.sqrt(num_real)
-        generated = metrics["rewards/rejected"][-1] / self.beta / math.sqrt(num_generated)
         if not max(abs(real), abs(generated)) <= tolerance:
             raise ValueError(
-                f"Iteration {self.self_play_iteration} does not start at ℓ(0). The model that is trained is the reference "
-                "at this point, so log(p_θ/p_ref) must be 0 and the first loss ℓ(0), log 2 = 0.6931 for the logistic "
-                f"loss. But the loss is {metrics['self_play/initial_loss'][-1]:.4f}, and the log-ratio over the square "
-                f"root of the length is {real:.4g} for the real and {generated:.4g} for the generated answers, beyond "
-                f"`initial_loss_tolerance` ({tolerance}). The stored reference log-probs do not belong to this model in "
-                "training. Usual causes: dropout that is on in training (`disable_dropout=False`), a `data_collator` "
-                "that changes the sequences, or a callback that changed the weights."
+                f"Iteration {self.self_play_iteration} does not start at its opponent. The model that is trained is the "
+                "opponent at this point, so log(p_θ/p_θt) must be 0, and the first loss ℓ(0), log 2 = 0.6931 for the "
+                f"logistic loss. But the loss is {self._metrics['train']['self_play/initial_loss'][-1]:.4f}, and the "
+                f"log-ratio over the square root of the length is {real:.4g} for the real and {generated:.4g} for the "
+                f"generated answers, beyond `initial_loss_tolerance` ({tolerance}). The stored log-probs do not belong "
+                "to this model in training. Usual causes: dropout that is on in training (`disable_dropout=False`), a "
+                "`data_collator` that changes the sequences, or a callback that changed the weights."
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
