@@ -57,6 +57,10 @@ parser.add_argument("--num_self_play_iterations", type=int, default=3)
 parser.add_argument("--num_seeds", type=int, default=1, help="Repeat with other data, weights and samples.")
 parser.add_argument("--num_rows", type=int, default=6000, help="Training rows.")
 parser.add_argument("--num_held_out", type=int, default=1000, help="Held-out prompts.")
+parser.add_argument("--loss_type", default="sigmoid", help="Objective, see the README.")
+parser.add_argument("--beta", type=float, default=5.0, help="λ")
+# Larger learning rates and smaller λ gain faster at first, and then overshoot
+parser.add_argument("--learning_rate", type=float, nargs="+", default=[3e-4, 3e-4, 1.5e-4], help="Of each iteration.")
 options = parser.parse_args()
 
 # Everything runs in float32 on the CPU, on data that fits one batch shape
@@ -147,9 +151,9 @@ def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
         tempfile.mkdtemp(),
         num_self_play_iterations=options.num_self_play_iterations,
         num_train_epochs=3,
-        # Larger learning rates and smaller λ gain faster at first, and then overshoot
-        learning_rate=[3e-4, 3e-4, 1.5e-4],
-        beta=5.0,
+        loss_type=options.loss_type,
+        learning_rate=options.learning_rate,
+        beta=options.beta,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=256,
         precompute_ref_batch_size=256,

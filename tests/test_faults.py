@@ -207,7 +207,7 @@ def test_a_game_of_another_schema_is_refused(run):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"beta": 0.5}, r"`beta` was \[0.1, 0.1\] and is \[0.5, 0.5\]"),
+        ({"beta": 0.5}, r"`beta` was \[1.0, 1.0\] and is \[0.5, 0.5\]"),
         ({"learning_rate": [1e-3, 1e-4]}, "`learning_rate` was"),
         ({"loss_type": ["hinge"]}, "`loss_type` was"),
         ({"seed": 1}, "`seed` was 42 and is 1"),

@@ -283,7 +283,7 @@ def test_a_wrong_reference_stops_the_run(tmp_path):
     ("loss_type", "at_zero"),
     [
         (["hinge"], 1.0),
-        (["ipo"], (1 / (2 * 0.1)) ** 2),
+        (["ipo"], (1 / (2 * 1.0)) ** 2),
         (["bco_pair"], 2 * math.log(2)),
         (["apo_zero"], 1.0),
         (["sigmoid", "hinge"], math.log(2) + 1.0),
@@ -408,11 +408,8 @@ def test_the_same_game_is_played_on_held_out_prompts(tmp_path):
     nll = -sum(logp(last, p["prompt_ids"], p["real_ids"]).item() for p in pairs) / sum(map(len, pairs["real_ids"]))
     assert evaluations[-1]["eval_a_nll/real"] == pytest.approx(nll, rel=1e-4)
     margins = [
-        0.1
-        * (
-            (logp(last, p["prompt_ids"], p["real_ids"]).item() - p["ref_real_logps"])
-            - (logp(last, p["prompt_ids"], p["generated_ids"]).item() - p["ref_generated_logps"])
-        )
+        (logp(last, p["prompt_ids"], p["real_ids"]).item() - p["ref_real_logps"])
+        - (logp(last, p["prompt_ids"], p["generated_ids"]).item() - p["ref_generated_logps"])
         for p in pairs
     ]
     assert evaluations[-1]["eval_a_rewards/margins"] == pytest.approx(sum(margins) / len(margins), rel=1e-3)
@@ -548,5 +545,5 @@ def test_default_arguments(model, tokenizer, dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     args = SPINConfig("x", use_cpu=True)
-    assert (args.learning_rate, args.num_train_epochs, args.beta) == (5e-7, 2, 0.1)
-    assert args.per_iteration("beta") == [0.1] * 3
+    assert (args.learning_rate, args.num_train_epochs, args.beta) == (5e-7, 2, 1.0)
+    assert args.per_iteration("beta") == [1.0] * 3

@@ -85,9 +85,10 @@ class SPINConfig(DPOConfig):
         learning_rate (`list[float]`, *optional*, defaults to `[5e-7]`):
             Peak learning rate of an iteration; a list gives one value per iteration and its last value holds on. The
             schedule, warm-up included, restarts at each iteration.
-        beta (`list[float]`, *optional*, defaults to `[0.1]`):
-            λ of the SPIN paper (Equation 4.7). Higher λ means a smaller step away from the opponent. A list gives one
-            value per iteration and its last value holds on.
+        beta (`list[float]`, *optional*, defaults to `[1.0]`):
+            λ of the SPIN paper (Equation 4.7). Higher λ means a smaller step away from the opponent: trained to its end,
+            an iteration lands on the data at `1.0`, and overshoots below `0.5`. A list gives one value per iteration and
+            its last value holds on.
         opponent_history (`int`, *optional*, defaults to `0`):
             Number h of earlier opponents whose answers are kept. With h > 0, the prompts take turns, from one pass to
             the next, with the answers of the newest opponent and of the h before it, all scored under the current
@@ -174,6 +175,7 @@ class SPINConfig(DPOConfig):
     > These parameters have default values different from [`~trl.DPOConfig`]:
     > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`.
     > - `num_train_epochs`: Defaults to `2` instead of `3`, and counts passes per iteration.
+    > - `beta`: Defaults to `1.0` instead of `0.1`.
     > - `precompute_ref_log_probs`: `True`, the only value that SPIN accepts.
     > - `hub_strategy`: `"end"`, the only value that SPIN accepts.
     > - `save_total_limit`: Defaults to `2` instead of `None`. The checkpoint at which the current iteration began is
@@ -198,10 +200,11 @@ class SPINConfig(DPOConfig):
         },
     )
     beta: list[float] = field(
-        default_factory=lambda: [0.1],
+        default_factory=lambda: [1.0],
         metadata={
-            "help": "λ of the SPIN paper (Equation 4.7). Higher λ means a smaller step away from the opponent. A list "
-            "gives one value per iteration and its last value holds on."
+            "help": "λ of the SPIN paper (Equation 4.7). Higher λ means a smaller step away from the opponent: trained "
+            "to its end, an iteration lands on the data at `1.0`, and overshoots below `0.5`. A list gives one value "
+            "per iteration and its last value holds on."
         },
     )
     precompute_ref_log_probs: bool = field(
