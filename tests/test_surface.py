@@ -34,6 +34,12 @@ ADDED_FIELDS = {
     "chat_template_kwargs",
     "completion_column",
     "dry_run",
+    "early_stopping",
+    "held_out_size",
+    "load_best_iteration_at_end",
+    "log_completions",
+    "metric_for_best_iteration",
+    "num_probes",
     "ds3_gather_for_generation",
     "first_turn_only",
     "generation_kwargs",
@@ -122,7 +128,7 @@ def test_signature_is_that_of_dpo_trainer():
         code = cls.__init__.__code__
         return code.co_varnames[: code.co_argcount]
 
-    assert arguments(SPINTrainer) == arguments(DPOTrainer)
+    assert arguments(SPINTrainer) == (*arguments(DPOTrainer), "compute_answer_metrics")
 
 
 def test_overrides_exist_upstream_and_are_called(tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ from .resume import (
     run_settings,
     weights_fingerprint,
 )
+from .signals import proportion_interval
 from .spin_config import TRL_LOSSES, SPINConfig
 
 
@@ -147,6 +148,10 @@ class SPINTrainer(DPOTrainer):
             See [`~trl.DPOTrainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             See [`~trl.DPOTrainer`]. Opponent and reference of iteration t are the model with its adapter of that time.
+        compute_answer_metrics (`Callable`, *optional*):
+            Function of held-out prompts, generated and real answers (three lists of texts without special tokens) that
+            returns numbers by name, better when higher, such as the share of exact matches. They are logged as
+            `eval_answers/<name>`: of the model that self-play starts from, and of each iteration's.
     """
 
     _tag_names = ["trl", "spin"]
@@ -179,6 +184,7 @@ class SPINTrainer(DPOTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        compute_answer_metrics: Callable[[list[str], list[str], list[str]], dict[str, float]] | None = None,
     ):
         if ref_model is not None:
             raise ValueError(
@@ -198,11 +204,39 @@ class SPINTrainer(DPOTrainer):
             )
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: the SFT data whose answers the model learns to prefer.")
+        # Rows of the dataset that are used, if not all of them
+        self._subsets: dict[str, list[int]] = {}
+        if eval_dataset is None and args.held_out_size:
+            if isinstance(train_dataset, Dataset) and args.held_out_size >= len(train_dataset):
+                raise ValueError(
+                    f"`held_out_size` ({args.held_out_size}) leaves nothing of the {len(train_dataset)} training rows."
+                )
+            eval_dataset = train_dataset
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         if "train" in eval_datasets:
             raise ValueError("An evaluation dataset cannot be called 'train'. Rename it in `eval_dataset`.")
         for name, dataset in {"train": train_dataset, **eval_datasets}.items():
             _check_dataset(dataset, name)
+        if eval_dataset is train_dataset and args.held_out_size:
+            shuffled = random.Random(args.seed).sample(range(len(train_dataset)), len(train_dataset))
+            self._subsets = {
+                "eval": sorted(shuffled[: args.held_out_size]),
+                "train": sorted(shuffled[args.held_out_size :]),
+            }
+        if args.max_prompts is not None:
+            rows = self._subsets.get("train", range(len(train_dataset)))
+            if args.max_prompts < len(rows):
+                self._subsets["train"] = random.Random(args.seed).sample(rows, args.max_prompts)
+        for option in ("early_stopping", "load_best_iteration_at_end"):
+            if getattr(args, option) and eval_dataset is None:
+                raise ValueError(
+                    f"`{option}=True` needs held-out prompts: pass an `eval_dataset`, or set `held_out_size`."
+                )
+        if compute_answer_metrics is not None and eval_dataset is None:
+            raise ValueError(
+                "`compute_answer_metrics` needs held-out prompts: pass an `eval_dataset`, or set `held_out_size`."
+            )
+        self.compute_answer_metrics = compute_answer_metrics
         if not isinstance(model, str):
             _check_forward(model)
         # Kept for the model card: what a saved iteration goes back to
@@ -253,6 +287,7 @@ class SPINTrainer(DPOTrainer):
         self.self_play_iteration = 0
         self._skip_unplayed = False
         self._check_next_loss = False
+        self._eval_margins: list[float] = []
         self._real_nll = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # summed log-probs and tokens of the real answers
         self.add_callback(SelfPlayCallback(self))
         self.stop_signal = StopSignal(self.accelerator)
@@ -282,12 +317,15 @@ class SPINTrainer(DPOTrainer):
             context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             lengths = [length for length in (self.args.max_length, context) if length is not None]
             self.max_length = min(lengths) if lengths else None
-        subset = None
-        if name == "train" and self.args.max_prompts is not None and self.args.max_prompts < len(dataset):
-            subset = random.Random(self.args.seed).sample(range(len(dataset)), self.args.max_prompts)
         with self.args.main_process_first(desc=f"Tokenizing {name} dataset"):
             rows, left_out = prepare_dataset(
-                dataset, name, self._tokenizer, self.args, self.end_token_ids, self.max_length, subset
+                dataset,
+                name,
+                self._tokenizer,
+                self.args,
+                self.end_token_ids,
+                self.max_length,
+                self._subsets.get(name),
             )
         self.left_out[name] = dict(left_out)
         self.games[name] = GameDataset(name, rows)
@@ -547,8 +585,8 @@ class SPINTrainer(DPOTrainer):
         """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                f"`reference_alpha={self.args.reference_alpha}` exchanges the model's weights in place, which DeepSpeed "
-                "and FSDP do not allow. Leave it at 1.0, or train with plain data parallelism."
+                "`reference_alpha` below 1 and `load_best_iteration_at_end` exchange the model's weights in place, which "
+                "DeepSpeed and FSDP do not allow. Leave them unset, or train with plain data parallelism."
             )
 
         def write():
@@ -559,15 +597,19 @@ class SPINTrainer(DPOTrainer):
         with explain_write_error(Path(self.args.output_dir)):
             on_main_process(self.accelerator, write)
 
+    def load_base_weights(self):
+        """Returns to the model that self-play started from."""
+        base = safetensors.torch.load_file(self._base_file)
+        for name, p in self._trained_weights().items():
+            p.copy_(base[name])
+
     @contextmanager
     def base_weights(self):
         """The model that self-play started from, in the place of the model. Its own weights wait in the main memory."""
         weights = self._trained_weights()
         own = {name: p.to("cpu", copy=True) for name, p in weights.items()}
-        base = safetensors.torch.load_file(self._base_file)
         try:
-            for name, p in weights.items():
-                p.copy_(base[name])
+            self.load_base_weights()
             yield
         finally:
             for name, p in weights.items():
@@ -667,6 +709,8 @@ class SPINTrainer(DPOTrainer):
             )
         self._real_nll[mode][0] -= metrics["logps/chosen"][-1] * len(num_real)
         self._real_nll[mode][1] += num_real.sum().item()
+        if mode == "eval":
+            self._eval_margins += (self.beta * (real - generated)).tolist()
         if mode == "train" and self._check_next_loss:
             metrics["self_play/initial_loss"].append(losses.mean().item())
             # Rounding errors of the tokens add up to about the square root of their number
@@ -742,6 +786,16 @@ class SPINTrainer(DPOTrainer):
             renamed[f"{dataset}nll/real"] = [negative_logps / num_tokens]
         self._metrics[mode] = renamed
         self._real_nll[mode] = [0.0, 0.0]
+        if mode == "eval" and self._eval_margins:
+            # 95% intervals: an accuracy on few prompts says little
+            margins = torch.tensor(self._eval_margins)
+            ends = proportion_interval((margins > 0).float().mean().item(), len(margins))
+            radius = 1.96 * margins.std().item() / math.sqrt(len(margins)) if len(margins) > 1 else math.inf
+            ends += (margins.mean().item() - radius, margins.mean().item() + radius)
+            names = [f"rewards/{metric}_{end}" for metric in ("accuracies", "margins") for end in ("low", "high")]
+            for name, end in zip(names, ends, strict=True):
+                renamed[dataset + name] = [end]
+            self._eval_margins = []
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
