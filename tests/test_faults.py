@@ -176,7 +176,7 @@ def test_an_edited_shard_of_answers_is_named_and_made_again(tmp_path, caplog, mo
     trainer.train(resume_from_checkpoint=True)
     assert f"{first} is damaged" in caplog.text
     # Only the answers of that shard were generated again, and the whole game is as it should be
-    assert "prompts were answered before" in caplog.text and "12 of 12" not in caplog.text
+    assert "prompts have been answered already" in caplog.text and "12 of 12" not in caplog.text
     straight = make_trainer(tmp_path / "straight", generation_token_budget=130)
     straight.train()
     assert_same_weights(straight, weights(trainer))

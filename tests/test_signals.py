@@ -167,7 +167,7 @@ def test_the_game_ends_when_an_iteration_hurts_and_returns_to_the_best_model(tmp
     trainer.train()
     assert sorted(p.name for p in tmp_path.glob("iteration-*")) == ["iteration-0"]
     assert "The game ends after iteration 0: iteration 0 hurt (eval_nll/real" in caplog.text
-    assert "the model that self-play started from is" in caplog.text
+    assert "for the model that self-play started from." in caplog.text
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, start[name]), name
     record = json.loads((tmp_path / "iteration-0" / "self_play.json").read_text())

@@ -626,18 +626,17 @@ class SelfPlayCallback(TrainerCallback):
 
     def _judge(self, iteration: int, logs: dict[str, float]) -> tuple[bool, str | None]:
         name = self.trainer.args.metric_for_best_iteration
-        before, after = self._values(iteration - 1)[-1][1], self._value(iteration, logs)
+        before, after = self._values(iteration - 1).get(iteration - 1), self._value(iteration, logs)
         if before is None or after is None:
             return True, None
         return judge(before, after, name, greater_is_better="answers/" in name)
 
-    def _values(self, last: int) -> list[tuple[int, float | None]]:
-        """Values of the model that self-play started from, and of the finished iterations."""
+    def _values(self, last: int) -> dict[int, float | None]:
+        """Values of the model that self-play started from, and of the finished iterations whose folders are there."""
         output_dir = self.trainer.args.output_dir
-        values = [(-1, self._value(-1, read_manifest(output_dir, 0)["metrics"]))] if last >= -1 else []
-        for record in read_records(output_dir, last + 1):
-            values.append((record["iteration"], self._value(record["iteration"], record)))
-        return values
+        manifest = read_manifest(output_dir, 0)
+        values = {-1: None if manifest is None else self._value(-1, manifest["metrics"])}
+        return values | {r["iteration"]: self._value(r["iteration"], r) for r in read_records(output_dir, last + 1)}
 
     def finish(self, last: int):
         """
@@ -648,16 +647,15 @@ class SelfPlayCallback(TrainerCallback):
                 Last iteration that was played.
         """
         trainer, args = self.trainer, self.trainer.args
-        values = [(t, value) for t, value in self._values(last) if value is not None]
-        if len(values) < 2:
+        values = {t: value for t, value in self._values(last).items() if value is not None}
+        if last not in values:
             return
-        greater_is_better = "answers/" in args.metric_for_best_iteration
-        best, best_value = (max if greater_is_better else min)(values, key=lambda pair: pair[1])
-        names = {t: f"iteration {t}'s" for t, _ in values} | {-1: "the model that self-play started from"}
-        if best != values[-1][0]:
+        best = (max if "answers/" in args.metric_for_best_iteration else min)(values, key=values.get)
+        if best != last:
+            name = "the model that self-play started from" if best == -1 else f"iteration {best}'s"
             logger.warning(
-                f"The last model is not the best one: by `{args.metric_for_best_iteration}` it is {values[-1][1]:.4g}, but "
-                f"{names[best]} is {best_value:.4g}."
+                f"The last model is not the best one: `{args.metric_for_best_iteration}` is {values[last]:.4g} for it, and "
+                f"{values[best]:.4g} for {name}."
             )
         if args.load_best_iteration_at_end:
             if best == -1:

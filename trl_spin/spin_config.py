@@ -323,7 +323,7 @@ class SPINConfig(DPOConfig):
         default=False,
         metadata={
             "help": "Whether to end the game at the end of an iteration if held-out real and fresh generated answers can no "
-            "longer be told apart (the 95% interval of the accuracy covers one half), or if "
+            "longer be told apart (the 95%% interval of the accuracy covers one half), or if "
             "`metric_for_best_iteration` says that the iteration hurt."
         },
     )
