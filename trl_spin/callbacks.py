@@ -153,7 +153,7 @@ class SelfPlayCallback(TrainerCallback):
     def rehearse(self):
         """
         Sends the longest and the shortest row through generation, scoring and the loss of a training step, with a few
-        tokens. It leaves no trace: random state and metrics are as before.
+        tokens, and chooses the layout of the batches. Random state and metrics are as before.
         """
         trainer, args = self.trainer, copy.copy(self.trainer.args)
         args.max_completion_length = min(args.max_completion_length, _REHEARSAL_TOKENS)
@@ -165,7 +165,10 @@ class SelfPlayCallback(TrainerCallback):
         fork = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
         num_tokens, training = trainer._total_train_tokens, trainer.model_wrapped.training
         with torch.random.fork_rng(**fork), torch.no_grad():
-            pairs = self._score("train", self._answer("train", rows, 0, args, desc="Rehearsal"), args)
+            pairs = self._answer("train", rows, 0, args, desc="Rehearsal")
+            trainer.model_wrapped.eval()
+            trainer.choose_layout([GameDataset.serve(pair) for pair in pairs])
+            pairs = self._score("train", pairs, args)
             trainer.begin_iteration(0)
             trainer._check_next_loss = True
             trainer.model_wrapped.train()
@@ -359,7 +362,7 @@ class SelfPlayCallback(TrainerCallback):
         trainer = self.trainer
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
         lengths = [
-            len(prompt) + max(len(real), len(generated))
+            len(prompt) + len(real) + len(generated)
             for prompt, real, generated in zip(
                 pairs["prompt_ids"], pairs["real_ids"], pairs["generated_ids"], strict=True
             )

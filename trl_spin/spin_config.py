@@ -90,6 +90,10 @@ class SPINConfig(DPOConfig):
             point, so the log-ratio of an answer must be 0: it may deviate, in the mean of the first batch, by this many
             nats times the square root of the answer's length, as rounding errors do. Anything more means a wrong
             reference, and the run stops. Defaults to `1e-3` in float32 and to `0.1` in mixed or half precision.
+        share_prefix (`bool`, *optional*, defaults to `True`):
+            Whether the two answers of a pair go through the model in one row, so that their prompt is computed once.
+            Results are the same up to rounding. Models for which they are not are found out at the start, and keep
+            [`~trl.DPOTrainer`]'s layout of two padded rows, as all do with `False`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to stop after the preflight: the plan is printed, and two rows have gone through generation, scoring
             and the loss.
@@ -225,6 +229,14 @@ class SPINConfig(DPOConfig):
         },
     )
 
+    share_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the two answers of a pair go through the model in one row, so that their prompt is computed "
+            "once. Results are the same up to rounding. Models for which they are not are found out at the start, and "
+            "keep `DPOTrainer`'s layout of two padded rows, as all do with `False`."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={

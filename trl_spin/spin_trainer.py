@@ -23,6 +23,7 @@ import signal
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,13 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
 from .callbacks import DryRun, SelfPlayCallback
 from .data import find_end_token_ids, prepare_dataset
 from .game import GameDataset, atomic_open
+from .layout import forward_shared, supports_shared_prefix
 from .model_card import add_self_play_section, read_records
 from .resume import (
     RunLock,
@@ -244,7 +247,8 @@ class SPINTrainer(DPOTrainer):
         self.self_play_iteration = 0
         self._skip_unplayed = False
         self._check_next_loss = False
-        self._real_nll = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # summed log-probs and tokens of the real answers
+        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}  # over tokens, since the last log
+        self._shares_prefix = False
         self.add_callback(SelfPlayCallback(self))
         self.stop_signal = StopSignal(self.accelerator)
         self._start_fingerprint = weights_fingerprint(self.accelerator, self.model)
@@ -514,24 +518,87 @@ class SPINTrainer(DPOTrainer):
 
     # ---- Loss and metrics ----
 
+    def choose_layout(self, rows: list[dict[str, Any]]):
+        """
+        Settles whether a pair goes through the model as one row, with the prompt shared, or as DPOTrainer's two padded
+        ones. The shared row is for models that compute the same in both, which is tried.
+
+        Args:
+            rows (`list[dict[str, Any]]`):
+                Pairs to try it with, the same ones on all processes, see [`~game.GameDataset.serve`].
+        """
+        self._shares_prefix = False
+        if not self.args.share_prefix:
+            return
+        reason = supports_shared_prefix(self.model)
+        if type(self.data_collator) is not DataCollatorForPreference:
+            reason = "`data_collator` is not TRL's, and may give the two answers different prompts"
+        elif self.aux_loss_enabled:
+            reason = "the router's auxiliary loss counts the prompt twice"
+        elif (parallelism := self.accelerator.parallelism_config) and (
+            parallelism.cp_enabled or parallelism.sp_enabled
+        ):
+            reason = "sequences are split over devices"
+        if reason is None:
+            reason = self._compare_layouts(self._prepare_inputs(self.data_collator(rows)))
+        self._shares_prefix = reason is None
+        if reason is not None:
+            logger.warning(
+                f"Prompts are computed twice for each pair, once per answer, because {reason}. The result is the same, "
+                "it takes longer. `share_prefix=False` silences this warning."
+            )
+
+    def _compare_layouts(self, inputs: dict[str, torch.Tensor]) -> str | None:
+        logps = []
+        for self._shares_prefix in (False, True):
+            try:
+                logps.append(self._reference_logps(self.model_wrapped, inputs))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if not self._shares_prefix:
+                    raise
+                return f"the model does not take rows with a shared prompt ({type(error).__name__}: {error})"
+        differences = (logps[0] - logps[1]).abs().sum(dim=1) / (logps[0] != 0).sum(dim=1).clamp(min=1)
+        difference = self.accelerator.gather(differences).max().item()
+        tolerance = 1e-3 if self._is_exact and torch.get_float32_matmul_precision() == "highest" else 0.05
+        if not difference <= tolerance:
+            return (
+                f"the log-probs of two pairs differ between the two layouts, by {difference:.3g} per token where "
+                f"rounding explains {tolerance}: the model's layers do not keep the answers apart"
+            )
+        return None
+
+    @property
+    def _is_exact(self) -> bool:
+        return self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
+
+    def _in_layout(self, model: nn.Module) -> Callable:
+        if not self._shares_prefix:
+            return model
+        base_model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return partial(forward_shared, model, base_model)
+
     def compute_ref_log_probs(self, model, inputs):
         """
         Summed log-probs of real and generated answers under the reference: the model as it stands, adapter included.
 
         DPOTrainer's method would disable the adapter and score with the model of iteration 0.
         """
+        return self._reference_logps(model, inputs).sum(dim=1).chunk(2, dim=0)
+
+    def _reference_logps(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         model_kwargs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         with torch.no_grad(), self.accelerator.autocast():
-            outputs = model(**model_kwargs, labels=labels, use_cache=False, fused_lm_head=True)
+            outputs = self._in_layout(model)(**model_kwargs, labels=labels, use_cache=False, fused_lm_head=True)
         # Prompt-learning PEFT prepends virtual tokens to the outputs
-        per_token_logps = outputs.log_probs[:, -(labels.size(1) - 1) :]
-        return per_token_logps.sum(dim=1).chunk(2, dim=0)
+        return outputs.log_probs[:, -(labels.size(1) - 1) :]
 
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
         inputs, share = self._drop_unplayed(inputs) if mode == "train" and self._skip_unplayed else (inputs, 1.0)
-        result = super()._compute_loss(model, inputs, return_outputs)
+        result = super()._compute_loss(self._in_layout(model), inputs, return_outputs)
         if share < 1:
             # Same mean over the whole batch, and same gradient, as if the unplayed pairs had gone through the model
             at_zero = sum(
@@ -545,9 +612,13 @@ class SPINTrainer(DPOTrainer):
         metrics = self._metrics[mode]
         loss = (result[0] if return_outputs else result).detach()
         real_mask, generated_mask = inputs["completion_mask"].chunk(2, dim=0)
-        lengths = torch.stack([real_mask.sum(dim=1), generated_mask.sum(dim=1)], dim=1)
-        statistics = torch.cat([lengths.to(loss.dtype), loss.expand(len(lengths), 1)], dim=1)
-        num_real, num_generated, losses = self.accelerator.gather(statistics).unbind(dim=1)
+        num_real, num_generated = real_mask.sum(dim=1), generated_mask.sum(dim=1)
+        num_unique = inputs["attention_mask"].chunk(2, dim=0)[0].sum(dim=1) + num_generated
+        # In a shared row, the last token of the prompt is there twice, and those of the answers are not
+        num_computed = num_unique.max() - 1 if self._shares_prefix else torch.tensor(2 * real_mask.size(1))
+        statistics = (num_real, num_generated, num_unique, num_computed.to(loss.device), loss)
+        statistics = torch.stack([value.to(loss.dtype).expand(len(num_real)) for value in statistics], dim=1)
+        num_real, num_generated, num_unique, num_computed, losses = self.accelerator.gather(statistics).unbind(dim=1)
         if mode == "train" and not math.isfinite(losses.sum().item()):
             raise ValueError(
                 f"The loss of step {self.state.global_step + 1} (iteration {self.self_play_iteration}) is "
@@ -556,8 +627,11 @@ class SPINTrainer(DPOTrainer):
                 "checkpoint and iteration are intact. Lower `learning_rate`, set `max_grad_norm`, or train in bfloat16 "
                 "or float32 instead of float16."
             )
-        self._real_nll[mode][0] -= metrics["logps/chosen"][-1] * len(num_real)
-        self._real_nll[mode][1] += num_real.sum().item()
+        sums = self._sums[mode]
+        sums["real_nll"] -= metrics["logps/chosen"][-1] * len(num_real)
+        sums["real"] += num_real.sum().item()
+        sums["unique"] += num_unique.sum().item()
+        sums["computed"] += num_computed.sum().item()
         if mode == "train" and self._check_next_loss:
             metrics["self_play/initial_loss"].append(losses.mean().item())
             self._check_initial_loss(num_real.mean().item(), num_generated.mean().item())
@@ -573,7 +647,7 @@ class SPINTrainer(DPOTrainer):
                 `"train"` or `"eval"`.
         """
         self._metrics[mode].clear()
-        self._real_nll[mode] = [0.0, 0.0]
+        self._sums[mode].clear()
 
     def _drop_unplayed(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """Leaves out pairs of two equal answers, which have zero gradient, and tells which share of the pairs stays."""
@@ -595,8 +669,7 @@ class SPINTrainer(DPOTrainer):
         metrics = self._metrics["train"]
         tolerance = self.args.initial_loss_tolerance
         if tolerance is None:
-            exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
-            tolerance = 1e-3 if exact else 0.1
+            tolerance = 1e-3 if self._is_exact else 0.1
         # Rounding errors of the tokens add up to about the square root of their number
         real = metrics["rewards/chosen"][-1] / self.beta / math.sqrt(num_real)
         generated = metrics["rewards/rejected"][-1] / self.beta / math.sqrt(num_generated)
@@ -620,11 +693,13 @@ class SPINTrainer(DPOTrainer):
         renamed = defaultdict(list)
         for key, values in self._metrics[mode].items():
             renamed[dataset + key.replace("chosen", "real").replace("rejected", "generated")] = values
-        negative_logps, num_tokens = self._real_nll[mode]
-        if num_tokens:
-            renamed[f"{dataset}nll/real"] = [negative_logps / num_tokens]
+        sums = self._sums[mode]
+        if sums["real"]:
+            renamed[f"{dataset}nll/real"] = [sums["real_nll"] / sums["real"]]
+        if sums["unique"] and mode == "train":
+            renamed["self_play/computed_over_unique_tokens"] = [sums["computed"] / sums["unique"]]
         self._metrics[mode] = renamed
-        self._real_nll[mode] = [0.0, 0.0]
+        sums.clear()
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
