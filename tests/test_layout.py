@@ -17,7 +17,9 @@
 import logging
 import random
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_dataset, make_model, make_tokenizer, make_trainer
@@ -39,7 +41,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_spin import layout
-from trl_spin.layout import forward_shared, supports_shared_prefix
+from trl_spin.layout import LengthGroupedSampler, forward_shared, supports_shared_prefix
 
 
 SIZE = {
@@ -347,3 +349,70 @@ def test_training_is_that_of_the_padded_layout(tmp_path, kind, caplog):
             # Where margins are 0, rounding decides which are above
             elif not any(word in key for word in ("second", "time", "flos", "rewards/accuracies")):
                 assert logs[key] == pytest.approx(others[key], rel=1e-3, abs=1e-4), key
+
+
+# ---- Batches ----
+
+
+def ultrachat_lengths(num_rows, seed=0):
+    """Prompts, real and generated answers as long as in UltraChat, roughly."""
+    rng = np.random.default_rng(seed)
+    prompt = np.clip(rng.lognormal(np.log(130), 0.95, num_rows), 1, 512).astype(int)
+    real = np.minimum(np.clip(rng.lognormal(np.log(260), 0.55, num_rows), 1, None).astype(int), 1024 - prompt)
+    return prompt, real, np.clip(rng.lognormal(np.log(260), 0.6, num_rows), 1, 256).astype(int)
+
+
+@pytest.mark.parametrize(("num_rows", "step_size"), [(20_000, 8), (20_000, 64), (1003, 8), (12, 4), (7, 8), (5, 1)])
+def test_order_of_the_rows(num_rows, step_size):
+    lengths = sum(ultrachat_lengths(num_rows))
+    game = SimpleNamespace(lengths=lambda: lengths, epoch=0)
+    sampler = LengthGroupedSampler(game, step_size, seed=1)
+    epochs = []
+    for game.epoch in (0, 1, 1):
+        epochs.append(list(sampler))
+    assert epochs[0] != epochs[1] == epochs[2] or num_rows < 10
+    for order in epochs:
+        assert sorted(order) == list(range(num_rows))
+        assert lengths[order[:step_size]].max() == lengths.max()
+    steps = lengths[epochs[0][: num_rows // step_size * step_size]].reshape(-1, step_size)
+    if num_rows >= 20_000:
+        assert (steps.max(axis=1) * step_size).sum() / steps.sum() < 1.05
+        # No order in time: the first half of the epoch is as long as the second
+        first, second = np.array_split(steps.mean(axis=1), 2)
+        assert first.mean() == pytest.approx(second.mean(), rel=0.1)
+
+
+def test_lengths_are_those_of_the_turn(tmp_path):
+    trainer = make_trainer(tmp_path, opponent_history=1, truncated_completions="drop")
+    trainer.train()
+    game = trainer.games["train"]
+    assert len(game.pairs) == 2 and not all(game.pairs[0]["played"])
+    for game.turn in (0, 1):
+        rows = [game[i] for i in range(len(game))]
+        lengths = [sum(len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")) for row in rows]
+        assert game.lengths().tolist() == lengths
+
+
+def test_batches_are_grouped_and_the_longest_comes_first(tmp_path):
+    batches = []
+
+    def run(name, **kwargs):
+        batches.clear()
+        trainer = make_trainer(tmp_path / name, dataset=make_dataset(40), per_device_train_batch_size=2, **kwargs)
+        compute_loss = trainer.compute_loss
+
+        def watch(model, inputs, *args, **kwargs):
+            if torch.is_grad_enabled():  # not the rehearsal
+                batches.append(inputs["attention_mask"].sum(dim=1).reshape(2, -1).sum(dim=0).tolist())
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = watch
+        trainer.train()
+        ratios = [logs.get("self_play/computed_over_unique_tokens") for logs in trainer.state.log_history]
+        ratios = [ratio for ratio in ratios if ratio is not None]
+        return sum(ratios) / len(ratios)
+
+    grouped = run("grouped")
+    assert max(batches[0]) == max(map(max, batches[:20])) and max(batches[20]) == max(map(max, batches[20:]))
+    assert grouped < run("random", train_sampling_strategy="random")
+    assert max(batches[0]) < max(map(max, batches[:20]))

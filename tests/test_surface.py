@@ -60,6 +60,8 @@ ADDED_FIELDS = {
 # changes monthly, and an override that nothing calls any more raises nothing.
 OVERRIDES = {
     "_compute_loss",
+    "_get_eval_sampler",
+    "_get_train_sampler",
     "_precompute_ref_logps",
     "_prepare_dataset",
     "_save_checkpoint",

@@ -93,8 +93,14 @@ def test_loss_and_gradient_are_equation_4_7(tmp_path, beta):
 
 
 def test_iteration_0_is_dpo_trainer_on_the_same_pairs(tmp_path):
-    # Bit by bit, so in the same layout: `test_layout.py` compares the layouts
-    trainer = make_trainer(tmp_path / "spin", num_self_play_iterations=1, num_train_epochs=2, share_prefix=False)
+    # Bit by bit, so in the same layout and order: `test_layout.py` compares the layouts
+    trainer = make_trainer(
+        tmp_path / "spin",
+        num_self_play_iterations=1,
+        num_train_epochs=2,
+        share_prefix=False,
+        train_sampling_strategy="random",
+    )
     trainer.train()
     pairs = load_game(trainer.args.output_dir, 0)["train"]
     pairs = Dataset.from_dict(
@@ -258,7 +264,7 @@ def test_promotion_makes_the_trained_model_the_reference(played):
             base = load_in_4bit(trainer.base_model_id) if kind == "qlora" else make_wide_model()
             model = PeftModel.from_pretrained(base, directory)
         score = logp(model, row["prompt_ids"], row["generated_ids"]).item()
-        tolerance = 0.2 if kind == "qlora" else 1e-3  # bfloat16 against an effect of several nats
+        tolerance = 0.5 if kind == "qlora" else 1e-3  # bfloat16, 0.6 off float32, against an effect of several nats
         assert (score == pytest.approx(row["ref_generated_logps"], abs=tolerance)) == is_reference
 
 

@@ -36,6 +36,7 @@ from .game import (
     find_game_fault,
     iteration_dir,
     load_game,
+    pair_lengths,
     read_answers,
     read_manifest,
     store_game,
@@ -120,6 +121,7 @@ class SelfPlayCallback(TrainerCallback):
                 f"An epoch ended at step {state.global_step}, before the end of the dataset. Iterations are made of "
                 "whole epochs: do not set `control.should_epoch_stop` in a callback."
             )
+        self.trainer.games["train"].epoch = state.global_step // self.trainer.steps_per_epoch
         self.trainer.games["train"].turn = turn
 
     def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -361,13 +363,9 @@ class SelfPlayCallback(TrainerCallback):
     def _score(self, name: str, pairs: Dataset, args: SPINConfig) -> Dataset:
         trainer = self.trainer
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
-        lengths = [
-            len(prompt) + len(real) + len(generated)
-            for prompt, real, generated in zip(
-                pairs["prompt_ids"], pairs["real_ids"], pairs["generated_ids"], strict=True
-            )
-        ]
-        batches = length_sorted_batches(lengths, lambda longest: batch_size)
+        lengths = pair_lengths(pairs).tolist()
+        # No activations are kept, so shorter rows may come in larger numbers, up to the tokens of the first batch
+        batches = length_sorted_batches(lengths, lambda longest: batch_size * max(lengths) // longest)
 
         def score_batch(batch: list[int]) -> list[tuple[float, float]]:
             rows = [GameDataset.serve(pairs[i]) for i in batch]

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute
 import pyarrow.parquet
 import torch
@@ -76,6 +77,7 @@ class GameDataset(torch.utils.data.Dataset):
         self.rows = rows
         self.fingerprint = fingerprint(rows)
         self.pairs: list[Dataset] = []  # one dataset per opponent, the newest first
+        self.epoch = 0
         self.turn = 0
 
     def __len__(self) -> int:
@@ -88,6 +90,15 @@ class GameDataset(torch.utils.data.Dataset):
                 "opens an iteration. Call `train()` before `evaluate()`."
             )
         return self.serve(self.pairs[(index + self.turn) % len(self.pairs)][index])
+
+    def lengths(self) -> np.ndarray:
+        """
+        Returns:
+            `np.ndarray`: Tokens of each row in this turn: prompt, real and generated answer.
+        """
+        by_opponent = [pair_lengths(pairs) for pairs in self.pairs]
+        rows = np.arange(len(self))
+        return np.stack(by_opponent)[(rows + self.turn) % len(by_opponent), rows]
 
     @staticmethod
     def serve(pair: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +146,25 @@ class GameDataset(torch.utils.data.Dataset):
                         "prompts). Did the dataset, the tokenizer or its chat template change? Use a new `output_dir`."
                     )
         self.pairs = by_opponent
+
+
+def pair_lengths(pairs: Dataset) -> np.ndarray:
+    """
+    Unique tokens of pairs.
+
+    Args:
+        pairs ([`~datasets.Dataset`]):
+            Pairs.
+
+    Returns:
+        `np.ndarray`: Tokens of prompt, real and generated answer together, one number per pair.
+    """
+    columns = pairs.with_format("arrow")
+    prompt, real, generated = (
+        pyarrow.compute.list_value_length(columns[f"{column}_ids"]).to_numpy()
+        for column in ("prompt", "real", "generated")
+    )
+    return prompt + real + np.where(columns["played"].to_numpy(), generated, real)
 
 
 def with_reference_logps(pairs: Dataset, logps: list[tuple[float, float]]) -> Dataset:

@@ -16,7 +16,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,8 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
+
+from .game import GameDataset
 
 
 _MEGA_BATCH = 50
@@ -205,45 +207,32 @@ class LengthGroupedSampler(Sampler[int]):
     epoch begins, as the lengths change with the answers.
 
     Args:
-        lengths (`Callable[[], np.ndarray]`):
-            Gives the lengths of all rows in the epoch that begins, in tokens.
-        epoch (`Callable[[], int]`):
-            Gives the number of that epoch.
-        num_rows (`int`):
-            Number of rows.
+        game ([`~game.GameDataset`]):
+            Pairs.
         step_size (`int`):
             Number of rows that are computed at the same time, on all processes together.
         seed (`int`):
             Seed.
     """
 
-    def __init__(
-        self,
-        lengths: Callable[[], np.ndarray],
-        epoch: Callable[[], int],
-        num_rows: int,
-        step_size: int,
-        seed: int,
-    ):
-        self.lengths = lengths
-        self.epoch = epoch
-        self.num_rows = num_rows
+    def __init__(self, game: GameDataset, step_size: int, seed: int):
+        self.game = game
         self.step_size = step_size
         self.seed = seed
 
     def __len__(self) -> int:
-        return self.num_rows
+        return len(self.game)
 
     def __iter__(self) -> Iterator[int]:
-        lengths, size = self.lengths(), self.step_size
-        random = np.random.default_rng([self.seed, self.epoch()])
-        order = random.permutation(self.num_rows)
+        lengths, size = self.game.lengths(), self.step_size
+        random = np.random.default_rng([self.seed, self.game.epoch])
+        order = random.permutation(len(lengths))
         longest = int(lengths.argmax())
         order = np.concatenate([[longest], order[order != longest]])
         # The rows that do not fill a step are any rows, not the shortest ones
-        num_full = self.num_rows // size * size
+        num_full = len(lengths) // size * size
         order, rest = order[:num_full], order[num_full:]
-        mega_batch = size * max(1, min(_MEGA_BATCH, self.num_rows // (4 * size)))
+        mega_batch = size * max(1, min(_MEGA_BATCH, len(lengths) // (4 * size)))
         mega_batches = [order[start : start + mega_batch] for start in range(0, num_full, mega_batch)]
         order = np.concatenate([rows[np.argsort(-lengths[rows], kind="stable")] for rows in mega_batches] + [rest])
         steps = np.array_split(order[:num_full], math.ceil(num_full / size)) if num_full else []

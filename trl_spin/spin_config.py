@@ -152,6 +152,8 @@ class SPINConfig(DPOConfig):
     > - `num_train_epochs`: Defaults to `2` instead of `3`, and counts passes per iteration.
     > - `precompute_ref_log_probs`: `True`, the only value that SPIN accepts.
     > - `hub_strategy`: `"end"`, the only value that SPIN accepts.
+    > - `train_sampling_strategy`: `"group_by_length"` instead of `"random"`: pairs of similar length share a batch, in
+    >   an order that is random all the same, and the longest come first. `"random"` and `"sequential"` pad more.
     > - `save_total_limit`: Defaults to `2` instead of `None`. The checkpoint at which the current iteration began is
     >   kept beside them, and `0` keeps all.
     """
@@ -188,6 +190,15 @@ class SPINConfig(DPOConfig):
     hub_strategy: HubStrategy | str = field(
         default="end",
         metadata={"help": "Always `'end'`: the model is pushed when training has ended."},
+    )
+
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the pairs in training. `'group_by_length'` puts pairs of similar length into the same batch, "
+            "in an order that is random all the same, the longest first. `'random'` and `'sequential'` pad more.",
+            "choices": ["random", "sequential", "group_by_length"],
+        },
     )
 
     save_total_limit: int | None = field(

@@ -54,7 +54,7 @@ from trl.trainer.utils import get_config_model_id
 from .callbacks import DryRun, SelfPlayCallback
 from .data import find_end_token_ids, prepare_dataset
 from .game import GameDataset, atomic_open
-from .layout import forward_shared, supports_shared_prefix
+from .layout import LengthGroupedSampler, forward_shared, supports_shared_prefix
 from .model_card import add_self_play_section, read_records
 from .resume import (
     RunLock,
@@ -281,6 +281,19 @@ class SPINTrainer(DPOTrainer):
         self.left_out[name] = dict(left_out)
         self.games[name] = GameDataset(name, rows)
         return self.games[name]
+
+    def _get_train_sampler(self, train_dataset=None):
+        # The Trainer's own grouping finds no lengths in the rows, and would keep those of the first game (trl 1.16)
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        args, game = self.args, self.games["train"]
+        step_size = args.train_batch_size * self.accelerator.num_processes
+        return LengthGroupedSampler(game, step_size, args.seed if args.data_seed is None else args.data_seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return LengthGroupedSampler(eval_dataset, self.args.eval_batch_size * self.accelerator.num_processes, seed=0)
 
     def data_settings(self) -> dict[str, Any]:
         """
