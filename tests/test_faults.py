@@ -383,7 +383,9 @@ def test_the_rehearsal_leaves_no_trace(tmp_path, monkeypatch):
     kwargs = {"peft_config": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5), "logging_steps": 2}
     rehearsed = make_trainer(tmp_path / "rehearsed", **kwargs)
     rehearsed.train()
-    monkeypatch.setattr("trl_spin.callbacks.SelfPlayCallback.rehearse", lambda self: None)
+    monkeypatch.setattr(
+        "trl_spin.callbacks.SelfPlayCallback.rehearse", lambda self: setattr(self.trainer, "_shares_prefix", True)
+    )
     trainer = make_trainer(tmp_path / "not", **kwargs)
     trainer.train()
     assert_same_weights(trainer, weights(rehearsed))

@@ -20,6 +20,7 @@ import subprocess
 import sys
 
 import pytest
+import trl.trainer.utils
 from bitsandbytes.nn import Linear4bit
 from conftest import make_args, make_dataset, make_model, make_tokenizer
 from huggingface_hub import HfApi, RepoUrl
@@ -58,6 +59,7 @@ ADDED_FIELDS = {
     "repetition_penalty",
     "reset_optimizer_state",
     "sft_weight",
+    "share_prefix",
     "space_mu",
     "t_spin_history_weight",
     "temperature",
@@ -69,6 +71,8 @@ ADDED_FIELDS = {
 # changes monthly, and an override that nothing calls any more raises nothing.
 OVERRIDES = {
     "_compute_loss",
+    "_get_eval_sampler",
+    "_get_train_sampler",
     "_precompute_ref_logps",
     "_prepare_dataset",
     "_save_checkpoint",
@@ -89,6 +93,7 @@ ATTRIBUTES = {
     "_total_train_tokens",
     "_tokenizer",
     "loss_types",
+    "aux_loss_enabled",
     "loss_weights",
     "use_weighting",
 }
@@ -160,6 +165,7 @@ def test_overrides_exist_upstream_and_are_called(tmp_path, monkeypatch):
     assert called == OVERRIDES - {"push_to_hub"}  # which has a test of its own
     assert all(hasattr(trainer, name) for name in ATTRIBUTES)
     assert hasattr(Linear4bit(64, 64), "support_avx512bf16_for_cpu")
+    assert callable(trl.trainer.utils._use_triton)
 
 
 def test_a_push_to_the_hub_holds_the_model_and_no_data(tmp_path, monkeypatch):

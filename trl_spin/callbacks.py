@@ -40,6 +40,7 @@ from .game import (
     find_game_fault,
     iteration_dir,
     load_game,
+    pair_lengths,
     read_answers,
     read_manifest,
     store_game,
@@ -129,6 +130,7 @@ class SelfPlayCallback(TrainerCallback):
                 f"An epoch ended at step {state.global_step}, before the end of the dataset. Iterations are made of "
                 "whole epochs: do not set `control.should_epoch_stop` in a callback."
             )
+        self.trainer.games["train"].epoch = state.global_step // self.trainer.steps_per_epoch
         self.trainer.games["train"].turn = turn
 
     def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -178,7 +180,7 @@ class SelfPlayCallback(TrainerCallback):
     def rehearse(self):
         """
         Sends the longest and the shortest row through generation, scoring and the loss of a training step, with a few
-        tokens. It leaves no trace: random state and metrics are as before.
+        tokens, and chooses the layout of the batches. Random state and metrics are as before.
         """
         trainer, args = self.trainer, copy.copy(self.trainer.args)
         args.max_completion_length = min(args.max_completion_length, _REHEARSAL_TOKENS)
@@ -191,6 +193,8 @@ class SelfPlayCallback(TrainerCallback):
         num_tokens, training = trainer._total_train_tokens, trainer.model_wrapped.training
         with torch.random.fork_rng(**fork), torch.no_grad():
             pairs = self._answer("train", rows, 0, args, desc="Rehearsal")
+            trainer.model_wrapped.eval()
+            trainer.choose_layout([GameDataset.serve(pair) for pair in pairs])
             logps = self._score("train", pairs, args)
             pairs = with_logps(with_logps(pairs, "ref", logps), "base", logps)
             trainer.begin_iteration(0)
@@ -404,13 +408,9 @@ class SelfPlayCallback(TrainerCallback):
     def _score(self, name: str, pairs: Dataset, args: SPINConfig) -> list[tuple[float, float]]:
         trainer = self.trainer
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
-        lengths = [
-            len(prompt) + max(len(real), len(generated))
-            for prompt, real, generated in zip(
-                pairs["prompt_ids"], pairs["real_ids"], pairs["generated_ids"], strict=True
-            )
-        ]
-        batches = length_sorted_batches(lengths, lambda longest: batch_size)
+        lengths = pair_lengths(pairs).tolist()
+        # No activations are kept, so shorter rows may come in larger numbers, up to the tokens of the first batch
+        batches = length_sorted_batches(lengths, lambda longest: batch_size * max(lengths) // longest)
 
         def score_batch(batch: list[int]) -> list[tuple[float, float]]:
             rows = [GameDataset.serve(pairs[i]) for i in batch]

@@ -111,6 +111,10 @@ class SPINConfig(DPOConfig):
             Number that compares iterations: `"eval_nll/real"`, the negative log-likelihood of held-out real answers, or
             `"eval_answers/<name>"` for a number of `compute_answer_metrics`. With several evaluation sets,
             `"eval_<dataset>_nll/real"` and so on. Likelihoods are better when lower, answers when higher.
+        share_prefix (`bool`, *optional*, defaults to `True`):
+            Whether the two answers of a pair go through the model in one row, so that their prompt is computed once.
+            Results are the same up to rounding. Models for which they are not are found out at the start, and keep
+            [`~trl.DPOTrainer`]'s layout of two padded rows, as all do with `False`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to stop after the preflight: the plan is printed, and two rows have gone through generation, scoring
             and the loss.
@@ -201,6 +205,8 @@ class SPINConfig(DPOConfig):
     > - `beta`: Defaults to `1.0` instead of `0.1`.
     > - `precompute_ref_log_probs`: `True`, the only value that SPIN accepts.
     > - `hub_strategy`: `"end"`, the only value that SPIN accepts.
+    > - `train_sampling_strategy`: `"group_by_length"` instead of `"random"`: pairs of similar length share a batch, in
+    >   an order that is random all the same, and the longest come first. `"random"` and `"sequential"` pad more.
     > - `save_total_limit`: Defaults to `2` instead of `None`. The checkpoint at which the current iteration began is
     >   kept beside them, and `0` keeps all.
     """
@@ -238,6 +244,15 @@ class SPINConfig(DPOConfig):
     hub_strategy: HubStrategy | str = field(
         default="end",
         metadata={"help": "Always `'end'`: the model is pushed when training has ended."},
+    )
+
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the pairs in training. `'group_by_length'` puts pairs of similar length into the same batch, "
+            "in an order that is random all the same, the longest first. `'random'` and `'sequential'` pad more.",
+            "choices": ["random", "sequential", "group_by_length"],
+        },
     )
 
     save_total_limit: int | None = field(
@@ -340,6 +355,14 @@ class SPINConfig(DPOConfig):
             "help": 'Number that compares iterations: `"eval_nll/real"`, the negative log-likelihood of held-out real '
             'answers, or `"eval_answers/<name>"` for a number of `compute_answer_metrics`. With several evaluation sets, '
             '`"eval_<dataset>_nll/real"` and so on. Likelihoods are better when lower, answers when higher.'
+        },
+    )
+    share_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the two answers of a pair go through the model in one row, so that their prompt is computed "
+            "once. Results are the same up to rounding. Models for which they are not are found out at the start, and "
+            "keep `DPOTrainer`'s layout of two padded rows, as all do with `False`."
         },
     )
     dry_run: bool = field(

@@ -24,6 +24,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,13 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
 from .callbacks import DryRun, SelfPlayCallback
 from .data import find_end_token_ids, prepare_dataset
 from .game import GAME_COLUMNS, GameCollator, GameDataset, atomic_open
+from .layout import LengthGroupedSampler, forward_shared, supports_shared_prefix
 from .model_card import add_self_play_section, read_records
 from .objectives import MARGIN_LOSSES, OBJECTIVES, mix_reference, t_spin
 from .resume import (
@@ -288,7 +291,8 @@ class SPINTrainer(DPOTrainer):
         self._skip_unplayed = False
         self._check_next_loss = False
         self._eval_margins: list[float] = []
-        self._real_nll = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # summed log-probs and tokens of the real answers
+        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}  # over tokens, since the last log
+        self._shares_prefix = False
         self.add_callback(SelfPlayCallback(self))
         self.stop_signal = StopSignal(self.accelerator)
         self._start_fingerprint = weights_fingerprint(self.accelerator, self.model)
@@ -330,6 +334,19 @@ class SPINTrainer(DPOTrainer):
         self.left_out[name] = dict(left_out)
         self.games[name] = GameDataset(name, rows)
         return self.games[name]
+
+    def _get_train_sampler(self, train_dataset=None):
+        # The Trainer's own grouping finds no lengths in the rows, and would keep those of the first game (trl 1.16)
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        args, game = self.args, self.games["train"]
+        step_size = args.train_batch_size * self.accelerator.num_processes
+        return LengthGroupedSampler(game, step_size, args.seed if args.data_seed is None else args.data_seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return LengthGroupedSampler(eval_dataset, self.args.eval_batch_size * self.accelerator.num_processes, seed=0)
 
     def data_settings(self) -> dict[str, Any]:
         """
@@ -617,14 +634,86 @@ class SPINTrainer(DPOTrainer):
 
     # ---- Loss and metrics ----
 
+    def choose_layout(self, rows: list[dict[str, Any]]):
+        """
+        Settles whether a pair goes through the model as one row, with the prompt shared, or as DPOTrainer's two padded
+        ones. The shared row is for models that compute the same in both, which is tried.
+
+        Args:
+            rows (`list[dict[str, Any]]`):
+                Pairs to try it with, the same ones on all processes, see [`~game.GameDataset.serve`].
+        """
+        self._shares_prefix = False
+        if not self.args.share_prefix:
+            return
+        reason = supports_shared_prefix(self.model)
+        if type(self.data_collator.collator) is not DataCollatorForPreference:
+            reason = "`data_collator` is not TRL's, and may give the two answers different prompts"
+        elif self.aux_loss_enabled:
+            reason = "the router's auxiliary loss counts the prompt twice"
+        elif (parallelism := self.accelerator.parallelism_config) and (
+            parallelism.cp_enabled or parallelism.sp_enabled
+        ):
+            reason = "sequences are split over devices"
+        if reason is None:
+            reason = self._compare_layouts(self._prepare_inputs(self.data_collator(rows)))
+        self._shares_prefix = reason is None
+        if reason is not None:
+            logger.warning(
+                f"Prompts are computed twice for each pair, once per answer, because {reason}. The result is the same, "
+                "it takes longer. `share_prefix=False` silences this warning."
+            )
+
+    def _compare_layouts(self, inputs: dict[str, torch.Tensor]) -> str | None:
+        logps = []
+        for self._shares_prefix in (False, True):
+            try:
+                logps.append(self._reference_logps(self.model_wrapped, inputs))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if not self._shares_prefix:
+                    raise
+                return f"the model does not take rows with a shared prompt ({type(error).__name__}: {error})"
+        differences = (logps[0] - logps[1]).abs().sum(dim=1) / (logps[0] != 0).sum(dim=1).clamp(min=1)
+        difference = self.accelerator.gather(differences).max().item()
+        tolerance = 1e-3 if self._is_exact and torch.get_float32_matmul_precision() == "highest" else 0.05
+        if not difference <= tolerance:
+            return (
+                f"the log-probs of two pairs differ between the two layouts, by {difference:.3g} per token where "
+                f"rounding explains {tolerance}: the model's layers do not keep the answers apart"
+            )
+        return None
+
+    @property
+    def _is_exact(self) -> bool:
+        return self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
+
+    def _in_layout(self, model: nn.Module) -> Callable:
+        if not self._shares_prefix:
+            return model
+        base_model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return partial(forward_shared, model, base_model)
+
     def compute_ref_log_probs(self, model, inputs):
         """
         Summed log-probs of real and generated answers under the reference: the model as it stands, adapter included.
 
         DPOTrainer's method would disable the adapter and score with the model of iteration 0.
         """
+        return self._reference_logps(model, inputs).sum(dim=1).chunk(2, dim=0)
+
+    def _reference_logps(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad(), self.accelerator.autocast():
-            return self._sum_logps(model, inputs).chunk(2, dim=0)
+            return self._token_logps(self._in_layout(model), inputs)
+
+    def _token_logps(self, model: Callable, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probs of the answers' tokens in a batch of sequences, 0 elsewhere."""
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        model_kwargs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        outputs = model(**model_kwargs, labels=labels, use_cache=False, fused_lm_head=True)
+        # Prompt-learning PEFT prepends virtual tokens to the outputs
+        return outputs.log_probs[:, -(labels.size(1) - 1) :]
 
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
@@ -639,10 +728,10 @@ class SPINTrainer(DPOTrainer):
                 inputs[f"ref_{side}_logps"] = mix_reference(
                     inputs[f"ref_{side}_logps"], game[f"base_{side}_logps"], self.args.reference_alpha
                 )
-        seen = []
+        seen, forward_pairs = [], self._in_layout(model)
 
         def forward(**kwargs):
-            outputs = model(**kwargs)
+            outputs = forward_pairs(**kwargs)
             if not seen:
                 if mode == "train" and not self._skip_unplayed:
                     # A pair that is not played has no gradient, whatever the loss
@@ -657,7 +746,8 @@ class SPINTrainer(DPOTrainer):
         logratios = [logps[0] - inputs["ref_chosen_logps"], logps[1] - inputs["ref_rejected_logps"]]
         for name, weight in self.own_losses:
             if name == "t_spin":
-                proto_logps = self._sum_logps(model, {key[6:]: game[key] for key in game if key.startswith("proto_")})
+                proto = {key.removeprefix("proto_"): game[key] for key in game if key.startswith("proto_")}
+                proto_logps = self._token_logps(model, proto).sum(dim=1)
                 if mode == "train":
                     proto_logps = torch.where(game["played"], proto_logps, proto_logps.detach())
                 losses = t_spin(*logps, proto_logps, self.beta, self.args.t_spin_history_weight)
@@ -673,7 +763,7 @@ class SPINTrainer(DPOTrainer):
             # Same mean over the whole batch, and same gradient, as if the unplayed pairs had gone through the model
             loss = share * loss + (1 - share) * self._margin_loss_at_zero()
 
-        self._check_step(mode, loss, logps, opponent_logps, inputs["completion_mask"])
+        self._check_step(mode, loss, logps, opponent_logps, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _objective_options(self, name: str) -> dict[str, float]:
@@ -692,13 +782,20 @@ class SPINTrainer(DPOTrainer):
         """A metric of one objective only."""
         self._metrics[mode][f"objective/{name}"].append(self.accelerator.gather(values.detach()).mean().item())
 
-    def _check_step(self, mode, loss, logps, opponent_logps, completion_mask):
+    def _check_step(self, mode, loss, logps, opponent_logps, inputs):
         """Stops at losses that are not finite, and where an iteration does not start at its reference."""
         metrics = self._metrics[mode]
-        lengths = [mask.sum(dim=1) for mask in completion_mask.chunk(2, dim=0)]
-        logratios = [policy - opponent for policy, opponent in zip(logps, opponent_logps, strict=True)]
-        statistics = torch.stack([*lengths, *logratios, loss.expand(len(lengths[0]))], dim=1).detach()
-        num_real, num_generated, real, generated, losses = self.accelerator.gather(statistics).unbind(dim=1)
+        num_real, num_generated = (mask.sum(dim=1) for mask in inputs["completion_mask"].chunk(2, dim=0))
+        real, generated = (policy - opponent for policy, opponent in zip(logps, opponent_logps, strict=True))
+        num_unique = inputs["attention_mask"].chunk(2, dim=0)[0].sum(dim=1) + num_generated
+        # In a shared row, the last token of the prompt is there twice, and those of the answers are not
+        padded = torch.tensor(2 * inputs["input_ids"].size(1), device=loss.device)
+        num_computed = num_unique.max() - 1 if self._shares_prefix else padded
+        statistics = (num_real, num_generated, num_unique, num_computed, real, generated, loss)
+        statistics = torch.stack([value.detach().to(loss.dtype).expand(len(num_real)) for value in statistics], dim=1)
+        num_real, num_generated, num_unique, num_computed, real, generated, losses = self.accelerator.gather(
+            statistics
+        ).unbind(dim=1)
         if mode == "train" and not math.isfinite(losses.sum().item()):
             raise ValueError(
                 f"The loss of step {self.state.global_step + 1} (iteration {self.self_play_iteration}) is "
@@ -707,8 +804,11 @@ class SPINTrainer(DPOTrainer):
                 "checkpoint and iteration are intact. Lower `learning_rate`, set `max_grad_norm`, or train in bfloat16 "
                 "or float32 instead of float16."
             )
-        self._real_nll[mode][0] -= metrics["logps/chosen"][-1] * len(num_real)
-        self._real_nll[mode][1] += num_real.sum().item()
+        sums = self._sums[mode]
+        sums["real_nll"] -= metrics["logps/chosen"][-1] * len(num_real)
+        sums["real"] += num_real.sum().item()
+        sums["unique"] += num_unique.sum().item()
+        sums["computed"] += num_computed.sum().item()
         if mode == "eval":
             self._eval_margins += (self.beta * (real - generated)).tolist()
         if mode == "train" and self._check_next_loss:
@@ -719,19 +819,6 @@ class SPINTrainer(DPOTrainer):
             )
             self._check_next_loss = False
 
-    def _sum_logps(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probs of the answers in a batch of sequences."""
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=labels,
-            use_cache=False,
-            fused_lm_head=True,
-        )
-        # Prompt-learning PEFT prepends virtual tokens to the outputs
-        return outputs.log_probs[:, -(labels.size(1) - 1) :].sum(dim=1)
-
     def reset_metrics(self, mode: str):
         """
         Forgets what was measured since the last log.
@@ -741,7 +828,7 @@ class SPINTrainer(DPOTrainer):
                 `"train"` or `"eval"`.
         """
         self._metrics[mode].clear()
-        self._real_nll[mode] = [0.0, 0.0]
+        self._sums[mode].clear()
 
     def _drop_unplayed(self, inputs: dict[str, Any], game: dict[str, Any]) -> tuple[dict, dict, float]:
         """Leaves out pairs that are not played, which have zero gradient, and tells which share of the pairs stays."""
@@ -759,8 +846,7 @@ class SPINTrainer(DPOTrainer):
         """At the first step of an iteration the policy is the opponent: the log-ratios are 0 and the loss is ℓ(0)."""
         tolerance = self.args.initial_loss_tolerance
         if tolerance is None:
-            exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
-            tolerance = 1e-3 if exact else 0.1
+            tolerance = 1e-3 if self._is_exact else 0.1
         if not max(abs(real), abs(generated)) <= tolerance:
             raise ValueError(
                 f"Iteration {self.self_play_iteration} does not start at its opponent. The model that is trained is the "
@@ -781,11 +867,13 @@ class SPINTrainer(DPOTrainer):
         renamed = defaultdict(list)
         for key, values in self._metrics[mode].items():
             renamed[dataset + key.replace("chosen", "real").replace("rejected", "generated")] = values
-        negative_logps, num_tokens = self._real_nll[mode]
-        if num_tokens:
-            renamed[f"{dataset}nll/real"] = [negative_logps / num_tokens]
+        sums = self._sums[mode]
+        if sums["real"]:
+            renamed[f"{dataset}nll/real"] = [sums["real_nll"] / sums["real"]]
+        if sums["unique"] and mode == "train":
+            renamed["self_play/computed_over_unique_tokens"] = [sums["computed"] / sums["unique"]]
         self._metrics[mode] = renamed
-        self._real_nll[mode] = [0.0, 0.0]
+        sums.clear()
         if mode == "eval" and self._eval_margins:
             # 95% intervals: an accuracy on few prompts says little
             margins = torch.tensor(self._eval_margins)
