@@ -346,8 +346,8 @@ def test_training_is_that_of_the_padded_layout(tmp_path, kind, caplog):
         for key in logs:
             if key.endswith("computed_over_unique_tokens"):
                 assert logs[key] < 1.3 < others[key]
-            # Where margins are 0, rounding decides which are above
-            elif not any(word in key for word in ("second", "time", "flos", "rewards/accuracies")):
+            # Where margins are 0, or two scores the same, rounding decides which is above
+            elif not any(word in key for word in ("second", "time", "flos", "rewards/accuracies", "auc_")):
                 assert logs[key] == pytest.approx(others[key], rel=1e-3, abs=1e-4), key
 
 

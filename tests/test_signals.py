@@ -162,7 +162,7 @@ def test_numbers_of_the_user_are_those_of_each_model(tmp_path):
 
 def test_the_game_ends_when_an_iteration_hurts_and_returns_to_the_best_model(tmp_path, caplog):
     kwargs = {"eval_dataset": make_dataset(6), "num_self_play_iterations": 4}
-    trainer = make_trainer(tmp_path, **kwargs, learning_rate=0.3, early_stopping=True, load_best_iteration_at_end=True)
+    trainer = make_trainer(tmp_path, **kwargs, learning_rate=1.0, early_stopping=True, load_best_iteration_at_end=True)
     start = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     trainer.train()
     assert sorted(p.name for p in tmp_path.glob("iteration-*")) == ["iteration-0"]

@@ -142,8 +142,8 @@ def test_an_identical_pair_has_zero_gradient_and_costs_nothing(tmp_path):
     # A batch of nothing else still has a loss, ℓ(0), and a gradient, 0
     only = trainer._prepare_inputs(trainer.data_collator([rows[1], rows[3]]))
     loss, gradients = loss_and_gradients(True, only)
-    assert loss.item() == pytest.approx(math.log(2))
-    assert all(g.abs().max() < 1e-6 for g in gradients)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
+    assert all(g.abs().max() < 1e-5 for g in gradients)
     handle.remove()
 
 
@@ -218,7 +218,7 @@ def played(request, tmp_path):
 
 def test_every_iteration_starts_at_ln_2_with_one_model_in_memory(played):
     kind, trainer, initial = played
-    tolerance = 1e-6 if kind != "qlora" else 0.01
+    tolerance = 1e-5 if kind != "qlora" else 0.01
     assert first_losses(trainer) == [pytest.approx(math.log(2), abs=tolerance)] * 3
     assert trainer.ref_model is None
     if kind != "full":
