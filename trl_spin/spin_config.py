@@ -390,6 +390,11 @@ class SPINConfig(DPOConfig):
         for name in ("max_completion_length", "generation_token_budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
+            raise ValueError(
+                "`train_sampling_strategy` must be 'random', 'sequential' or 'group_by_length', got "
+                f"{self.train_sampling_strategy!r}: self-play counts pairs per batch."
+            )
         if self.opponent_history < 0:
             raise ValueError(f"`opponent_history` must be 0 (plain SPIN) or more, got {self.opponent_history}.")
         if self.truncated_completions not in ("keep", "drop", "cut_real"):
