@@ -96,7 +96,9 @@ def make_args(output_dir, **kwargs) -> SPINConfig:
 def make_trainer(tmp_path, tokenizer=None, dataset=None, model=None, callbacks=None, **kwargs):
     tokenizer = tokenizer or make_tokenizer()
     trainer_kwargs = {
-        k: kwargs.pop(k) for k in ("data_collator", "eval_dataset", "peft_config", "optimizers") if k in kwargs
+        k: kwargs.pop(k)
+        for k in ("compute_metrics", "data_collator", "eval_dataset", "peft_config", "optimizers")
+        if k in kwargs
     }
     return SPINTrainer(
         model if model is not None else make_model(tokenizer),
