@@ -97,7 +97,10 @@ def make_trainer(tmp_path, tokenizer=None, dataset=None, model=None, callbacks=N
     tokenizer = tokenizer or make_tokenizer()
     trainer_kwargs = {
         k: kwargs.pop(k)
-        for k in ("data_collator", "eval_dataset", "peft_config", "optimizers", "compute_answer_metrics")
+        for k in (
+            *("compute_metrics", "data_collator", "eval_dataset", "peft_config", "optimizers"),
+            "compute_answer_metrics",
+        )
         if k in kwargs
     }
     return SPINTrainer(

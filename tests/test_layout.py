@@ -15,6 +15,7 @@
 """Prefix-shared rows against DPOTrainer's padded layout, and batches of similar length."""
 
 import logging
+import math
 import random
 import re
 from types import SimpleNamespace
@@ -349,6 +350,43 @@ def test_training_is_that_of_the_padded_layout(tmp_path, kind, caplog):
             # Where margins are 0, or two scores the same, rounding decides which is above
             elif not any(word in key for word in ("second", "time", "flos", "rewards/accuracies", "auc_")):
                 assert logs[key] == pytest.approx(others[key], rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"bf16": True}, {"gradient_checkpointing": True}], ids=["autocast", "checkpointing"]
+)
+def test_mixed_precision_and_checkpointing(tmp_path, kwargs):
+    trainer = make_trainer(tmp_path, **kwargs)
+    trainer.train()
+    assert trainer._shares_prefix
+    assert trainer.state.log_history[1]["self_play/initial_loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_logits_of_the_padded_batch_for_compute_metrics(tmp_path):
+    shapes = []
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=make_dataset(4),
+        per_device_eval_batch_size=4,
+        compute_metrics=lambda prediction: shapes.append(prediction.predictions.shape) or {},
+    )
+    trainer.train()
+    assert trainer._shares_prefix
+    longest = max(
+        len(pair["prompt_ids"]) + max(len(pair["real_ids"]), len(pair["generated_ids"]))
+        for pair in trainer.games["eval"].pairs[0]
+    )
+    assert shapes[-1] == (8, longest, len(trainer.processing_class))
+
+
+def test_a_mixture_of_experts_falls_back_where_its_router_is_trained(tmp_path, caplog):
+    tokenizer = make_tokenizer()
+    config = AutoConfig.for_model(
+        "mixtral", **(SIZE | {"vocab_size": len(tokenizer)}), num_local_experts=2, num_experts_per_tok=1
+    )
+    trainer = make_trainer(tmp_path, tokenizer, model=AutoModelForCausalLM.from_config(config))
+    trainer.train()
+    assert "auxiliary loss" in caplog.text
 
 
 # ---- Batches ----

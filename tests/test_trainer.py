@@ -221,6 +221,7 @@ def test_every_iteration_starts_at_ln_2_with_one_model_in_memory(played):
     tolerance = 1e-5 if kind != "qlora" else 0.01
     assert first_losses(trainer) == [pytest.approx(math.log(2), abs=tolerance)] * 3
     assert trainer.ref_model is None
+    assert trainer._shares_prefix
     if kind != "full":
         assert list(trainer.model.peft_config) == ["default"]
 
@@ -454,6 +455,8 @@ def test_runs_are_not_mixed(tmp_path):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match="has not started"):
         trainer.train_dataset[0]
+    with pytest.raises(ValueError, match="has not started"):
+        make_trainer(tmp_path / "eval", eval_dataset=make_dataset(3)).evaluate()
     trainer.train()
     with pytest.raises(ValueError, match="holds the games of another run"):
         make_trainer(tmp_path).train()
@@ -487,6 +490,7 @@ def test_a_reference_model_contradicts_spin(model, tokenizer, dataset, tmp_path)
         ({"truncated_completions": "shorten"}, "shorten"),
         ({"temperature": -1.0}, "temperature"),
         ({"opponent_history": -1}, "opponent_history"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
         ({"prompt_column": "question"}, "go together"),
     ],
 )

@@ -91,19 +91,23 @@ class GameDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        self._check_started()
+        row = self.serve(self.pairs[(index + self.turn) % len(self.pairs)][index])
+        return row if self.proto_ids is None else row | {"proto_ids": self.proto_ids[index]}
+
+    def _check_started(self):
         if not self.pairs:
             raise ValueError(
                 f"The game on the {self.name} dataset has not started: the opponent answers the prompts when `train()` "
                 "opens an iteration. Call `train()` before `evaluate()`."
             )
-        row = self.serve(self.pairs[(index + self.turn) % len(self.pairs)][index])
-        return row if self.proto_ids is None else row | {"proto_ids": self.proto_ids[index]}
 
     def lengths(self) -> np.ndarray:
         """
         Returns:
             `np.ndarray`: Tokens of each row in this turn: prompt, real and generated answer.
         """
+        self._check_started()
         by_opponent = [pair_lengths(pairs) for pairs in self.pairs]
         rows = np.arange(len(self))
         return np.stack(by_opponent)[(rows + self.turn) % len(by_opponent), rows]

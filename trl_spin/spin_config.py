@@ -533,6 +533,11 @@ class SPINConfig(DPOConfig):
         for name in ("held_out_size", "num_probes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 (none) or more, got {getattr(self, name)}.")
+        if self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
+            raise ValueError(
+                "`train_sampling_strategy` must be 'random', 'sequential' or 'group_by_length', got "
+                f"{self.train_sampling_strategy!r}: self-play counts pairs per batch."
+            )
         if self.opponent_history < 0:
             raise ValueError(f"`opponent_history` must be 0 (plain SPIN) or more, got {self.opponent_history}.")
         self._check_objective()

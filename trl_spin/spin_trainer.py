@@ -677,7 +677,8 @@ class SPINTrainer(DPOTrainer):
                 return f"the model does not take rows with a shared prompt ({type(error).__name__}: {error})"
         differences = (logps[0] - logps[1]).abs().sum(dim=1) / (logps[0] != 0).sum(dim=1).clamp(min=1)
         difference = self.accelerator.gather(differences).max().item()
-        tolerance = 1e-3 if self._is_exact and torch.get_float32_matmul_precision() == "highest" else 0.05
+        # Between two kernels, bfloat16 differs by some 0.01; a token that sees the other answer, by some 0.3
+        tolerance = 1e-3 if self._is_exact and torch.get_float32_matmul_precision() == "highest" else 0.1
         if not difference <= tolerance:
             return (
                 f"the log-probs of two pairs differ between the two layouts, by {difference:.3g} per token where "
