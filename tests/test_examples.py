@@ -89,6 +89,8 @@ def tiny_defaults(monkeypatch):
     init = SPINConfig.__init__
 
     def tiny_init(self, *args, **kwargs):
+        if "held_out_size" in kwargs:
+            kwargs["held_out_size"] = 2
         init(self, *args, **{**kwargs, **TINY})
 
     monkeypatch.setattr(SPINConfig, "__init__", tiny_init)
