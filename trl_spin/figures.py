@@ -215,7 +215,7 @@ def draw_logps(run: "Run", name: str) -> Figure | None:
 def draw_changes(run: "Run", name: str) -> Figure | None:
     """How an iteration changed the log-prob per token of the real answers, a panel per iteration."""
     panels = {f"iteration {t}": {"real": change} for t, change in run.changes(name).items()}
-    return _draw_histograms(panels, "change of the log-prob per token, nats", mark=0)
+    return _draw_histograms(panels, "change, nats per token", mark=0)
 
 
 def _draw_histograms(panels: dict, xlabel: str, whole_numbers: bool = False, mark: float | None = None):
@@ -248,12 +248,13 @@ def _draw_histograms(panels: dict, xlabel: str, whole_numbers: bool = False, mar
         if mark is not None:
             ax.axvline(mark, color="0.2", linewidth=0.9)
         ax.margins(x=0.02)
-        ax.set_ylim(bottom=0)
         ax.set_title(title)
+    all_axes[0].set_ylim(bottom=0)
     for ax in all_axes[-4:]:
         ax.set_xlabel(xlabel)
-    for ax in all_axes[::4]:
-        ax.set_ylabel("share of answers")
+    for ax in all_axes:
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel("share of answers")
     _legend(figure, handles)
     return figure
 
@@ -261,8 +262,10 @@ def _draw_histograms(panels: dict, xlabel: str, whole_numbers: bool = False, mar
 def _grid(num_panels: int, num_columns: int, height: float, **share):
     """A figure of panels, row by row, without the empty ones of the last row."""
     # Few panels keep the size that they have among many
+    width = 10 / num_columns
+    num_columns = min(num_columns, max(2, num_panels))
     num_rows = math.ceil(num_panels / num_columns)
-    figure = Figure(figsize=(10, height * num_rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(width * num_columns, height * num_rows + 0.4), layout="constrained")
     all_axes = figure.subplots(num_rows, num_columns, squeeze=False, **share).flatten()
     for ax in all_axes[num_panels:]:
         ax.remove()

@@ -277,7 +277,7 @@ th, td { padding: .2rem .7rem; text-align: right; vertical-align: top; border-bo
 th:first-child, td.text { text-align: left; font-weight: normal; overflow-wrap: anywhere; }
 thead th { border-bottom: 1.5px solid #555; font-weight: 600; white-space: nowrap; }
 tr.group th { font-weight: 600; padding-top: .7rem; }
-figure { margin: 1rem 0; break-inside: avoid; } figure img { width: 100%; height: auto; }
+figure { margin: 1rem 0; break-inside: avoid; } figure img { max-width: 100%; height: auto; }
 figcaption { color: #444; font-size: .9rem; }
 .warnings li, .notes li { margin: .3rem 0; overflow-wrap: anywhere; } .warnings li::marker { color: #b00020; }
 .probe { border-top: 1px solid #ccc; padding: .3rem 0 .8rem; }
@@ -516,7 +516,7 @@ def _captions(run: Run) -> dict[str, tuple[str, str]]:
         ),
         "draw_lengths": (
             "Lengths of the answers",
-            "Where the two sides differ, length alone wins the game. Generated answers end at `max_completion_length` "
+            "Where the two sides differ, length alone wins the game. Generated answers are cut at max_completion_length "
             f"({run.settings.get('max_completion_length', 'unknown')}).",
         ),
         "draw_logps": (
