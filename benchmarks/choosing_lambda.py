@@ -17,7 +17,7 @@ What λ does: draws `choosing_lambda.png`, next to this file, in a few seconds o
 
 One prompt, a softmax over five answers, expectations instead of samples. Nothing is random.
 
-    pip install ".[benchmarks]"
+    pip install ".[report]"
     python benchmarks/choosing_lambda.py
 """
 

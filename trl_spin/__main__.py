@@ -22,9 +22,13 @@ trl-spin \
     --output_dir zephyr-7b-spin
 ```
 
+`trl-spin report OUTPUT_DIR` writes a report of a run.
+
 Options may stand in a YAML file, `trl-spin --config recipe.yaml`, which the command line overrides. For several GPUs:
 `accelerate launch -m trl_spin --config recipe.yaml`.
 """
+
+import sys
 
 
 def load_data(script_args, dataset_args):
@@ -157,6 +161,10 @@ def make_parser(prog: str = "trl-spin"):
 
 
 def main():
+    if sys.argv[1:2] == ["report"]:
+        from .report import main as report
+
+        return report(sys.argv[2:])
     run(*make_parser().parse_args_and_config())
 
 

@@ -1,0 +1,284 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The report of real runs: what it shows, that it needs nothing else, and that it is there also for runs that are not."""
+
+import json
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pytest
+from conftest import make_dataset, make_trainer
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from trl_spin.__main__ import main
+from trl_spin.game import load_game
+from trl_spin.report import read_run, summary_rows, write_report
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text, of the HTML as a browser reads it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def play(output_dir, **kwargs):
+    trainer = make_trainer(output_dir, **kwargs)
+    trainer.train()
+    (output_dir / "self_play" / "log_history.json").write_text(json.dumps(trainer.state.log_history))
+    return trainer
+
+
+def record(output_dir, iteration):
+    return json.loads((output_dir / f"iteration-{iteration}" / "self_play.json").read_text())
+
+
+def change_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def assert_self_contained(page):
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        for name in ("src", "href", "srcset", "data", "action", "background"):
+            assert attributes.get(name, "data:image/svg+xml;base64,").startswith("data:image/svg+xml;base64,")
+        if tag == "img":
+            assert attributes["alt"]
+    assert "url(" not in page.text and "@import" not in page.text
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two iterations with held-out prompts."""
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    play(output_dir, eval_dataset=make_dataset(5), save_strategy="epoch")
+    assert write_report(output_dir) == output_dir / "report" / "report.html"
+    return output_dir
+
+
+def test_files_of_a_finished_run(finished):
+    path = finished / "report" / "report.html"
+    page = Page(path)
+    assert_self_contained(page)
+    figures = {p.stem: matplotlib.image.imread(p) for p in path.parent.glob("*.png")}
+    datasets = [f"{figure}_{name}" for figure in ("lengths", "logps", "changes") for name in ("train", "eval")]
+    assert figures.keys() == {"training", "iterations", *datasets}
+    assert {p.suffix for p in path.parent.iterdir()} == {".html", ".png"}
+    assert sum(tag == "img" for tag, _ in page.tags) == len(figures)
+    for heading in ("Summary", "Training", "Iterations", "Lengths of the answers", "Lineage", "Settings", "Versions"):
+        assert heading in page.text
+    assert "2 of 2 iterations finished" in page.text
+    fingerprint = json.loads((finished / "self_play/iteration-1/manifest.json").read_text())["opponent"]["fingerprint"]
+    assert fingerprint in page.text and "per_device_train_batch_size" in page.text
+
+
+def test_numbers_are_those_of_the_run(finished):
+    run = read_run(finished)
+    rows, heading = {}, None
+    for title, cells in summary_rows(run):
+        heading = heading if cells else title
+        rows[heading, title] = cells
+    records = [record(finished, t) for t in range(2)]
+    keys = {
+        ("Settings", "λ"): "beta",
+        ("Settings", "learning rate"): "learning_rate",
+        ("Training, as logged last", "margin"): "rewards/margins",
+        ("Held-out prompts (eval), after training", "accuracy"): "eval_rewards/accuracies",
+        ("Held-out prompts (eval), after training", "NLL of real answers, trained"): "eval_nll/real",
+        ("Answers of the opponent (train)", "length of generated answers"): "self_play/mean_length_generated",
+        ("Answers of the opponent (eval)", "truncated"): "eval_self_play/truncated",
+    }
+    page = Page(finished / "report" / "report.html")
+    for row, key in keys.items():
+        # The accuracy may be followed by its interval
+        assert [float(cell.split()[0]) for cell in rows[row]] == pytest.approx([r[key] for r in records], rel=1e-3), (
+            row
+        )
+        assert all(cell in page.text for cell in rows[row])
+
+    losses = [(logs["step"], logs["loss"]) for logs in run.log_history if "loss" in logs]
+    steps, values = run.series("loss", 0, 1000)
+    assert list(zip(steps, values, strict=True)) == losses and steps == [1, 2, 3, 4, 5, 6]
+    assert run.iteration_starts() == [0, 3]
+    models, likelihoods = run.likelihoods()
+    assert models == [-1, 0, 1]
+    assert likelihoods["train"] == [r["self_play/nll_real"] for r in records] + [None]
+    # Measured twice: after an iteration, and as the opponent of the next one
+    expected = [records[0]["eval_self_play/nll_real"], *(r["eval_nll/real"] for r in records)]
+    assert likelihoods["eval"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_distributions_are_those_of_the_games(finished):
+    run = read_run(finished)
+    first, second = (load_game(str(finished), t)["train"] for t in range(2))
+    for iteration, pairs in zip(run.iterations, (first, second), strict=True):
+        game = iteration.games["train"]
+        assert game.lengths["generated"].tolist() == [len(ids) for ids in pairs["generated_ids"]]
+        # What is not played is not scored: under its name stands the real answer's log-prob
+        expected = [p["ref_generated_logps"] / len(p["generated_ids"]) for p in pairs if p["played"]]
+        np.testing.assert_allclose(game.logps_per_token["generated"], expected, rtol=1e-6)
+    expected = [
+        (b["ref_real_logps"] - a["ref_real_logps"]) / len(a["real_ids"]) for a, b in zip(first, second, strict=True)
+    ]
+    np.testing.assert_allclose(run.changes("train")[0], expected, rtol=1e-3, atol=1e-6)
+    assert run.changes("train").keys() == {0}
+
+
+def test_signals_are_shown(finished, tmp_path):
+    """Probes, warnings, verdicts, intervals and metrics of the user's own, where the run has left them."""
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    for t in range(3):  # the answers of the last model stand with the iteration that was not played
+        probes = [
+            {"row": row, "prompt": f"prompt {row}", "real": "real", "generated": f"by {t}, {row}"} for row in (4, 2)
+        ]
+        (output_dir / f"self_play/iteration-{t}").mkdir(exist_ok=True)
+        (output_dir / f"self_play/iteration-{t}/probes.json").write_text(json.dumps(probes))
+    more = {
+        "eval_rewards/accuracies_low": 0.123,
+        "eval_rewards/accuracies_high": 0.987,
+        "eval_answers/exact_match": 0.4321,
+        "warnings": ["The model runs in loops."],
+        "verdict": "eval_nll/real 3 -> 4: hurt",
+    }
+    change_json(output_dir / "iteration-1" / "self_play.json", lambda content: content.update(more))
+    page = Page(write_report(output_dir))
+    for t in range(3):
+        assert f"by {t}, 4" in page.text and f"by {t}, 2" in page.text
+    assert page.text.index("prompt 4") < page.text.index("by 0, 4") < page.text.index("by 1, 4")
+    assert page.text.count("prompt 4") == 1 and page.text.index("by 2, 4") < page.text.index("prompt 2")
+    for shown in ("[0.123, 0.987]", "exact_match", "0.4321", "1: The model runs in loops.", "3 -> 4: hurt"):
+        assert shown in page.text
+    assert "no probes" not in page.text
+    assert [i.number for i in read_run(output_dir).iterations] == [0, 1]
+
+
+def test_model_output_is_text(finished, tmp_path):
+    evil = "</pre></code></td><script>alert(1)</script><img src=x onerror=alert(2)><a href='http://evil.example'>&amp;"
+    output_dir = tmp_path / "<b>run<x>"
+    shutil.copytree(finished, output_dir)
+    probe = {"row": 0, "prompt": f"P{evil}", "real": f"R{evil}", "generated": f"G{evil}\ud800\x00\x1b[31m\u202eשלום"}
+    (output_dir / "self_play/iteration-0/probes.json").write_text(json.dumps([probe]))
+    change_json(
+        output_dir / "iteration-0/self_play.json", lambda c: c.update(verdict=f"V{evil}", warnings=[f"W{evil}"])
+    )
+    change_json(output_dir / "self_play/iteration-0/manifest.json", lambda c: c["opponent"].update(model=f"M{evil}"))
+    change_json(output_dir / "self_play/run.json", lambda c: c["settings"].update({f"K{evil}": f"S{evil}"}))
+    page = Page(write_report(output_dir))
+    assert_self_contained(page)
+    for letter in "PRGVWMKS":
+        assert letter + evil in page.text
+    assert "<b>run<x>" in page.text
+    assert not any(c in page.text for c in "\x00\x1b\ud800")
+
+
+def test_a_run_that_stopped_in_the_middle(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    make_trainer(tmp_path, callbacks=[Stop()], save_strategy="steps", save_steps=2).train()
+    (tmp_path / "self_play" / "log_history.json").unlink(missing_ok=True)  # the newest checkpoint has it, too
+    page = Page(write_report(tmp_path))
+    assert_self_contained(page)
+    assert "1 of 2 iterations finished" in page.text
+    assert "Iteration 1 is not finished" in page.text and "no held-out prompts" in page.text
+    run = read_run(tmp_path)
+    assert [bool(i.record) for i in run.iterations] == [True, False]
+    assert run.series("loss", 0, 100)[0] == [1, 2, 3, 4]
+    assert (tmp_path / "report" / "training.png").is_file()
+
+    for path in tmp_path.glob("checkpoint-*/trainer_state.json"):
+        path.unlink()
+    (shard,) = (tmp_path / "self_play/iteration-1").glob("*.parquet")
+    shard.write_bytes(shard.read_bytes()[:-10])
+    page = Page(write_report(tmp_path))
+    assert "There are no curves" in page.text and f"{shard} is damaged" in page.text
+    assert {i.number: list(i.games) for i in read_run(tmp_path).iterations} == {0: ["train"], 1: []}
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    make_trainer(tmp_path).write_run()
+    page = Page(write_report(tmp_path))
+    assert "0 of 2 iterations finished" in page.text and "No iteration has been played yet" in page.text
+    (tmp_path / "self_play/iteration-0/answers-0123").mkdir(parents=True)
+    assert "Iteration 0 is not there yet" in Page(write_report(tmp_path)).text
+    (tmp_path / "self_play/log_history.json").write_text('[{"step": 1, "loss"')  # cut off
+    assert "log_history.json cannot be read" in Page(write_report(tmp_path)).text
+
+
+def test_adapters_history_and_several_held_out_sets(tmp_path):
+    play(
+        tmp_path,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+        eval_dataset={"b $x$": make_dataset(4), "c": make_dataset(3)},
+        opponent_history=1,
+        num_train_epochs=[1, 2],
+    )
+    page = Page(write_report(tmp_path))
+    assert_self_contained(page)
+    assert {"lengths_train.png", "lengths_b-x-.png", "lengths_c.png"} <= {
+        p.name for p in (tmp_path / "report").iterdir()
+    }
+    run = read_run(tmp_path)
+    assert run.held_out() == ["b $x$", "c"]
+    # The answers of the earlier opponent belong to its own iteration
+    assert [len(i.games["train"].pairs) for i in run.iterations] == [12, 12]
+    assert run.likelihoods()[1]["c"][2] == record(tmp_path, 1)["eval_c_nll/real"]
+    assert "Held-out prompts (b $x$), after training" in page.text
+
+
+def test_the_style_is_the_reports_own(finished):
+    settings = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"figure.facecolor": "black", "savefig.facecolor": "black"}):
+        path = write_report(finished)
+    assert dict(matplotlib.rcParams) == settings
+    assert matplotlib.image.imread(path.parent / "training.png")[0, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_command(finished, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trl-spin", "report", str(finished)])
+    main()
+    assert capsys.readouterr().out.strip() == str(finished / "report" / "report.html")
+    monkeypatch.setattr(sys, "argv", ["trl-spin", "report", str(finished / "report")])
+    with pytest.raises(SystemExit, match="holds no run"):
+        main()
+
+
+def test_without_matplotlib(finished):
+    code = "import sys; sys.modules['matplotlib'] = None; from trl_spin.__main__ import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "report", str(finished)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("The report needs matplotlib: `pip install trl-spin[report]`.")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,628 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The report of a run: one HTML file that needs nothing else, and the figures as PNG files. It is made of what the run has
+left on disk, so it may be written at any time, also of a run that is under way or was stopped.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import re
+import sys
+import unicodedata
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+from tqdm.auto import tqdm
+
+from .game import atomic_open, load_game, read_manifest
+from .model_card import RECORD
+
+
+# ---- What a run has left on disk ----
+
+
+@dataclass
+class Game:
+    """The answers of an iteration's opponent to the prompts of one dataset."""
+
+    pairs: pyarrow.Table
+
+    @cached_property
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Tokens of each answer, by side."""
+        return {
+            side: pyarrow.compute.list_value_length(self.pairs[f"{side}_ids"]).to_numpy()
+            for side in ("real", "generated")
+        }
+
+    @cached_property
+    def logps_per_token(self) -> dict[str, np.ndarray]:
+        """The opponent's log-prob per token of each answer, by side."""
+        logps = {side: self.pairs[f"ref_{side}_logps"].to_numpy() for side in ("real", "generated")}
+        # The generated answer of a pair that is not played is not scored: the real one is, in its place
+        scored = {"real": True, "generated": self.pairs["played"].to_numpy()}
+        return {
+            side: logps[side][keep] / self.lengths[side][keep]
+            for side, keep in ((side, scored[side] & (self.lengths[side] > 0)) for side in logps)
+        }
+
+
+@dataclass
+class Iteration:
+    """What is there of an iteration: its manifest and games, and its record once it is finished."""
+
+    number: int
+    manifest: dict[str, Any]
+    record: dict[str, Any]
+    games: dict[str, Game]
+
+
+@dataclass
+class Run:
+    """All that the report is made of. `notes` says what is missing."""
+
+    output_dir: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    iterations: list[Iteration] = field(default_factory=list)
+    probes: dict[int, list[dict]] = field(default_factory=dict)
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the datasets that were played on, the training data first."""
+        names = {shard["dataset"]: None for i in self.iterations for shard in i.manifest["shards"]}
+        return sorted(names, key=lambda name: name != "train")
+
+    def held_out(self) -> list[str]:
+        return [name for name in self.datasets if name != "train"]
+
+    @staticmethod
+    def prefix(name: str) -> str:
+        """What stands before the metrics of a dataset."""
+        return {"train": "", "eval": "eval_"}.get(name, f"eval_{name}_")
+
+    @cached_property
+    def _starts(self) -> dict[int, float]:
+        # Step at which each iteration began, as logged. The rest of the first one's steps come after it
+        logged = {
+            int(logs["self_play/iteration"]): logs["step"]
+            for logs in self.log_history
+            if "self_play/iteration" in logs
+        }
+        return logged or {0: 0}
+
+    def iteration_starts(self) -> list[float]:
+        return list(self._starts.values())
+
+    @property
+    def start_names(self) -> list[str]:
+        return [str(iteration) for iteration in self._starts]
+
+    def series(self, key: str, first: float, end: float) -> tuple[list[float], list[float]]:
+        """Steps and values of what was logged after one step and up to another."""
+        points = [
+            (logs["step"], logs[key])
+            for logs in self.log_history
+            if is_number(logs.get(key)) and first < logs["step"] <= end and "train_runtime" not in logs
+        ]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def likelihoods(self) -> tuple[list[int], dict[str, list[float | None]]]:
+        """
+        Negative log-likelihood of the real answers by dataset, of each model: the one that self-play started from (-1)
+        and that of each iteration.
+        """
+        values = {name: {} for name in self.datasets}
+        for iteration in self.iterations:
+            for name in values:
+                before = iteration.manifest["metrics"].get(f"{self.prefix(name)}self_play/nll_real")
+                # In training it is an average over the iteration
+                after = iteration.record.get(f"{self.prefix(name)}nll/real") if name != "train" else None
+                if is_number(before):
+                    values[name][iteration.number - 1] = before
+                if is_number(after):
+                    values[name][iteration.number] = after
+        models = sorted({model for by_model in values.values() for model in by_model})
+        return models, {name: [by_model.get(model) for model in models] for name, by_model in values.items()}
+
+    def changes(self, name: str) -> dict[int, np.ndarray]:
+        """How each iteration changed the log-prob per token of the real answers: the next opponent is its model."""
+        games = {i.number: i.games[name] for i in self.iterations if name in i.games}
+        changes = {}
+        for number, game in games.items():
+            after = games.get(number + 1)
+            # Answers that were cut to the length of the generated ones are others each time
+            if after is not None and after.pairs["real_ids"].equals(game.pairs["real_ids"]):
+                changes[number] = after.logps_per_token["real"] - game.logps_per_token["real"]
+        return changes
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def read_run(output_dir: str | Path) -> Run:
+    """
+    Reads what a run has left on disk.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Output directory of the run.
+
+    Returns:
+        [`Run`]: The run. What is missing is left out and stands in its notes.
+
+    Raises:
+        `FileNotFoundError`: If the directory holds no run.
+    """
+    run = Run(Path(output_dir))
+    directory = run.output_dir / "self_play"
+    if not (directory / "run.json").is_file():
+        raise FileNotFoundError(
+            f"{run.output_dir} holds no run: {directory / 'run.json'} does not exist. Give the `output_dir` of a run that "
+            "has begun."
+        )
+    content = _read_json(run, directory / "run.json", {})
+    run.settings, run.versions = content.get("settings", {}), content.get("versions", {})
+
+    for number in _numbers(directory.glob("iteration-*")):
+        manifest = _attempt(run, read_manifest, str(run.output_dir), number)
+        probes = _read_json(run, directory / f"iteration-{number}" / "probes.json", [])
+        if probes:
+            run.probes[number] = probes
+        if manifest is None:
+            if any((directory / f"iteration-{number}").glob("answers-*")):
+                run.notes.append(f"Iteration {number} is not there yet: its opponent has not answered all prompts.")
+            continue
+        record = _read_json(run, run.output_dir / f"iteration-{number}" / RECORD, {})
+        if not record:
+            run.notes.append(f"Iteration {number} is not finished, or its model was deleted: there is no {RECORD}.")
+        games = _attempt(run, load_game, str(run.output_dir), number) or {}
+        tables = {name: pairs.data.table for name, pairs in games.items()}
+        # Answers of earlier opponents are those of earlier iterations
+        newest = {
+            name: table.filter(pyarrow.compute.equal(table["opponent"], number)) for name, table in tables.items()
+        }
+        games = {name: Game(table) for name, table in newest.items()}
+        run.iterations.append(Iteration(number, manifest, record, games))
+
+    missing = sorted(
+        set(_numbers(run.output_dir.glob(f"iteration-*/{RECORD}"), parent=True))
+        - {iteration.number for iteration in run.iterations}
+    )
+    if missing:
+        run.notes.append(f"The games of these iterations are not there: {', '.join(map(str, missing))}.")
+    planned = len(run.settings.get("beta", []))
+    begun = max((iteration.number for iteration in run.iterations), default=-1) + 1
+    if begun < planned:
+        run.notes.append(f"{begun} of {planned} iterations have begun.")
+    if not run.held_out():
+        run.notes.append(
+            "There are no held-out prompts. On training pairs, accuracy and margin soon tell what was learned by heart."
+        )
+    if not run.probes:
+        run.notes.append("There are no probes.")
+
+    run.log_history = _read_json(run, directory / "log_history.json", [])
+    if not run.log_history:
+        checkpoints = [run.output_dir / f"checkpoint-{n}" for n in _numbers(run.output_dir.glob("checkpoint-*"))]
+        for checkpoint in checkpoints:
+            state = _read_json(run, checkpoint / "trainer_state.json", {})
+            run.log_history = state.get("log_history") or run.log_history
+    run.log_history = [logs for logs in run.log_history if is_number(logs.get("step"))]
+    if not run.log_history:
+        run.notes.append("There are no curves: neither self_play/log_history.json nor a checkpoint is there.")
+    return run
+
+
+def _numbers(paths, parent: bool = False) -> list[int]:
+    names = [path.parent.name if parent else path.name for path in paths]
+    return sorted(int(name.rpartition("-")[2]) for name in names if re.fullmatch(r"\w+-\d+", name))
+
+
+def _read_json(run: Run, path: Path, default: Any) -> Any:
+    if not path.is_file():
+        return default
+    content = _attempt(run, lambda: json.loads(path.read_text(encoding="utf-8")))
+    if content is None:
+        run.notes.append(f"{path.relative_to(run.output_dir)} cannot be read.")
+        return default
+    return content
+
+
+def _attempt(run: Run, function, *args) -> Any:
+    # A file that is damaged takes its part of the report away, and not the rest
+    try:
+        return function(*args)
+    except ValueError as error:
+        run.notes.append(str(error))
+        return None
+
+
+# ---- HTML ----
+
+_CSS = """
+:root { color-scheme: light; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; } h3 { font-size: 1rem; }
+h2 { border-bottom: 1px solid #bbb; } p.meta { color: #555; margin-top: .2rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .2rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e3e3e3; }
+th:first-child, td.text { text-align: left; font-weight: normal; overflow-wrap: anywhere; }
+thead th { border-bottom: 1.5px solid #555; font-weight: 600; white-space: nowrap; }
+tr.group th { font-weight: 600; padding-top: .7rem; }
+figure { margin: 1rem 0; break-inside: avoid; } figure img { max-width: 100%; height: auto; }
+figcaption { color: #444; font-size: .9rem; }
+.warnings li, .notes li { margin: .3rem 0; overflow-wrap: anywhere; } .warnings li::marker { color: #b00020; }
+.probe { border-top: 1px solid #ccc; padding: .3rem 0 .8rem; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .6rem; }
+.answers h4 { margin: .3rem 0; font-size: .8rem; color: #555; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 13px/1.4 ui-monospace, monospace;
+  background: #f5f5f5; padding: .4rem .5rem; unicode-bidi: isolate; }
+code { font-size: .85em; overflow-wrap: anywhere; }
+dl.settings { columns: 2; column-gap: 2rem; font-size: .85rem; } dl.settings div { break-inside: avoid; }
+dl.settings dt { display: inline; } dl.settings dd { display: inline; margin: 0; color: #444; overflow-wrap: anywhere; }
+dl.settings dt::after { content: ": "; }
+@media print { body { margin: 0; max-width: none; font-size: 11px; } h2 { break-after: avoid; }
+  .scroll { overflow: visible; } th, td { padding: .1rem .35rem; } tr { break-inside: avoid; } }
+"""
+# No scripts, no network, whatever a model has written
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def text(value: Any) -> str:
+    """
+    What a model, a dataset or a user wrote, as text in HTML.
+
+    Args:
+        value (`Any`):
+            Value.
+
+    Returns:
+        `str`: Escaped text, without control characters.
+    """
+    plain = "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\N{REPLACEMENT CHARACTER}"
+        for c in str(value)
+    )
+    return html.escape(plain)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float) or isinstance(value, int) and abs(value) >= 1e6:
+        return f"{value:.4g}"
+    return text(value)
+
+
+def summary_rows(run: Run) -> list[tuple[str, list[str]]]:
+    """
+    The summary, with a column per iteration: metrics are many, iterations few.
+
+    Args:
+        run ([`Run`]):
+            Run.
+
+    Returns:
+        `list[tuple[str, list[str]]]`: Title and one cell per iteration; a heading has no cells.
+    """
+    rows = []
+
+    def add(title: str, values: list[Any]):
+        if any(value is not None and value != "" for value in values):
+            rows.append((title, [value if isinstance(value, str) else _number(value) for value in values]))
+
+    def add_metrics(heading: str, titles: dict[str, str], prefix: str = ""):
+        start = len(rows)
+        for title, key in titles.items():
+            values = [(i.manifest["metrics"] | i.record).get(prefix + key) for i in run.iterations]
+            ends = [[i.record.get(f"{prefix}{key}_{end}") for end in ("low", "high")] for i in run.iterations]
+            cells = [
+                f"{_number(value)} [{_number(low)}, {_number(high)}]" if is_number(low) and is_number(high) else value
+                for value, (low, high) in zip(values, ends, strict=True)
+            ]
+            add(title, cells)
+        if len(rows) > start:
+            rows.insert(start, (heading, []))
+
+    rows.append(("Settings", []))
+    for title, key in {"λ": "beta", "learning rate": "learning_rate", "passes": "num_train_epochs"}.items():
+        planned = run.settings.get(key, [])
+        add(title, [i.record.get(key, planned[i.number] if i.number < len(planned) else None) for i in run.iterations])
+    game = {
+        "length of real answers": "mean_length_real",
+        "length of generated answers": "mean_length_generated",
+        "truncated": "truncated",
+        "empty": "empty",
+        "identical": "identical",
+        "played": "played",
+        "different real answers": "distinct_real",
+        "different generated answers": "distinct_generated",
+        "AUC of the length": "auc_length",
+        "AUC of the first token": "auc_first_token",
+        "AUC of the opponent's log-prob per token": "auc_logps",
+        "rows left out": "left_out",
+    }
+    at_end = {
+        "loss": "loss",
+        "accuracy": "rewards/accuracies",
+        "margin": "rewards/margins",
+        "reward of real answers": "rewards/real",
+        "reward of generated answers": "rewards/generated",
+    }
+    add_metrics("Training, as logged last", at_end)
+    for name in run.held_out():
+        prefix = run.prefix(name)
+        own = {
+            key.removeprefix(prefix): None
+            for i in run.iterations
+            for key in i.record
+            if key.startswith(f"{prefix}answers/") and not key.endswith(("_low", "_high"))
+        }
+        titles = {
+            **at_end,
+            "NLL of real answers, opponent": "self_play/nll_real",
+            "NLL of real answers, trained": "nll/real",
+            **{key.removeprefix("answers/"): key for key in own},
+        }
+        add_metrics(f"Held-out prompts ({name}), after training", titles, prefix)
+    for name in run.datasets:
+        titles = {title: f"self_play/{key}" for title, key in game.items()}
+        if name == "train":
+            titles |= {"NLL of real answers": "self_play/nll_real"}
+        add_metrics(f"Answers of the opponent ({name})", titles, run.prefix(name))
+    rows.append(("", []))
+    add("verdict", [str(i.record.get("verdict") or ("" if i.record else "not finished")) for i in run.iterations])
+    return [row for row in rows if row != ("", [])]
+
+
+def _summary(run: Run) -> str:
+    if not run.iterations:
+        return "<p>No iteration has been played yet.</p>"
+    head = "".join(f"<th>iteration {i.number}</th>" for i in run.iterations)
+    lines = []
+    for title, cells in summary_rows(run):
+        row_class = "" if cells else ' class="group"'
+        span = "" if cells else f' colspan="{len(run.iterations) + 1}"'
+        data = "".join(f"<td>{text(cell)}</td>" for cell in cells)
+        lines.append(f"<tr{row_class}><th{span}>{text(title)}</th>{data}</tr>")
+    body = "\n".join(lines)
+    return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _warnings(run: Run) -> str:
+    lines = []
+    for iteration in run.iterations:
+        warnings = iteration.record.get("warnings") or iteration.manifest.get("warnings") or []
+        lines += [f"<li>Iteration {iteration.number}: {text(warning)}</li>" for warning in warnings]
+    if not lines:
+        return ""
+    return f'<h2>Warnings</h2><ul class="warnings">{"".join(lines)}</ul>'
+
+
+def _verdicts(run: Run) -> str:
+    lines = [
+        f"<li>Iteration {i.number}: {text(i.record['verdict'])}</li>"
+        for i in run.iterations
+        if i.record.get("verdict")
+    ]
+    return f"<h2>Verdicts</h2><ul>{''.join(lines)}</ul>" if lines else ""
+
+
+def _probes(run: Run) -> str:
+    if not run.probes:
+        return ""
+    models = {number: "before" if number == 0 else f"iteration {number - 1}" for number in run.probes}
+    answers = {number: {probe["row"]: probe for probe in probes} for number, probes in run.probes.items()}
+    rows = dict.fromkeys(row for by_row in answers.values() for row in by_row)
+    blocks = []
+    for row in rows:
+        probe = next(by_row[row] for by_row in answers.values() if row in by_row)
+        cells = {"real answer": probe["real"]}
+        cells |= {models[n]: by_row[row]["generated"] for n, by_row in answers.items() if row in by_row}
+        columns = "".join(
+            f'<div><h4>{text(title)}</h4><pre dir="auto">{text(answer)}</pre></div>' for title, answer in cells.items()
+        )
+        blocks.append(
+            f'<div class="probe"><h4>Prompt, row {text(row)}</h4><pre dir="auto">{text(probe["prompt"])}</pre>'
+            f'<div class="answers">{columns}</div></div>'
+        )
+    return (
+        "<h2>Probes</h2><p>The same prompts with the same seeds, answered by the model before self-play and by that of "
+        f"each iteration.</p>{''.join(blocks)}"
+    )
+
+
+def _lineage(run: Run) -> str:
+    if not run.iterations:
+        return ""
+    rows = []
+    for iteration in run.iterations:
+        opponent = iteration.manifest["opponent"]
+        pairs = sum(shard["rows"] for shard in iteration.manifest["shards"] if shard["dataset"] == "train")
+        made = f"iteration-{iteration.number}" if iteration.record else "not finished"
+        rows.append(
+            f'<tr><th>{iteration.number}</th><td class="text">{text(opponent["model"] or "a model without a name")}</td>'
+            f'<td class="text"><code>{text(opponent["fingerprint"])}</code></td><td>{pairs}</td>'
+            f'<td class="text">{made}</td></tr>'
+        )
+    data = "".join(
+        f"<li>{text(name)}: <code>{text(fingerprint)}</code></li>"
+        for name, fingerprint in run.iterations[-1].manifest.get("data", {}).items()
+    )
+    return (
+        '<h2>Lineage</h2><div class="scroll"><table><thead><tr><th>iteration</th><th>opponent and reference</th>'
+        "<th>fingerprint of its weights</th><th>pairs</th><th>makes</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div><p>Data, by SHA-256:</p><ul>{data}</ul>"
+    )
+
+
+def _settings(run: Run) -> str:
+    def items(values: dict[str, Any]) -> str:
+        shown = {key: value if isinstance(value, str) else json.dumps(value) for key, value in sorted(values.items())}
+        return "".join(f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>" for key, value in shown.items())
+
+    unset = sorted(key for key, value in run.settings.items() if value is None)
+    chosen = {key: value for key, value in run.settings.items() if value is not None}
+    return (
+        f'<h2>Settings</h2><dl class="settings">{items(chosen)}</dl>'
+        + (f"<p>Not set: {text(', '.join(unset))}.</p>" if unset else "")
+        + f'<h3>Versions</h3><dl class="settings">{items(run.versions)}</dl>'
+    )
+
+
+def _captions(run: Run) -> dict[str, tuple[str, str]]:
+    """Heading and caption of each figure, by name of the function that draws it."""
+    return {
+        "draw_training": (
+            "Training",
+            "Lines: training, as logged. Single points: held-out prompts. Rewards, margin and loss start afresh in each "
+            "iteration, as the opponent is then the model itself; the loss starts at ℓ(0) (log 2 for the logistic loss). "
+            "The log-probs of generated answers should fall; those of real answers may fall a little too, which is no "
+            "harm as long as their held-out negative log-likelihood (NLL) does not rise. Accuracy on training pairs soon means memory.",
+        ),
+        "draw_iterations": (
+            "Iterations",
+            "The first panel compares the models by one measure that means the same in each iteration: where it rises, the "
+            "iteration has overshot. An accuracy near chance on held-out prompts means that the opponent's answers can no "
+            "longer be told from the real ones. Bars are 95% intervals, where they were logged.",
+        ),
+        "draw_lengths": (
+            "Lengths of the answers",
+            "Where the two sides differ, length alone wins the game. Generated answers are cut at max_completion_length "
+            f"({run.settings.get('max_completion_length', 'unknown')}).",
+        ),
+        "draw_logps": (
+            "The opponent's log-prob per token",
+            "Of real and of its own answers. Under the opponent the two distributions come closer as self-play goes on. "
+            "Generated answers of pairs that were not played are left out; outliers are in the outermost bars.",
+        ),
+        "draw_changes": (
+            "What each iteration did to the real answers",
+            "Change of their log-prob per token from one opponent to the next. Right of the line, a real answer has become "
+            "more likely.",
+        ),
+    }
+
+
+def write_report(output_dir: str | Path) -> Path:
+    """
+    Writes `report/report.html` and the figures as PNG files beside it.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Output directory of a run, finished or not.
+
+    Returns:
+        `Path`: The HTML file.
+
+    Raises:
+        `ModuleNotFoundError`: If matplotlib is not installed.
+        `FileNotFoundError`: If the directory holds no run.
+    """
+    try:
+        from . import figures
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ModuleNotFoundError(
+            "The report needs matplotlib: `pip install trl-spin[report]`.", name="matplotlib"
+        ) from error
+
+    run = read_run(output_dir)
+    directory = run.output_dir / "report"
+    sections = []
+    with figures.style():
+        for function, (heading, caption) in _captions(run).items():
+            draw, per_dataset = getattr(figures, function), function not in ("draw_training", "draw_iterations")
+            drawn = {name: draw(run, name) for name in run.datasets} if per_dataset else {"": draw(run)}
+            drawn = {name: figure for name, figure in drawn.items() if figure is not None}
+            if drawn:
+                sections.append(f"<h2>{text(heading)}</h2><p>{text(caption)}</p>")
+            for name, figure in drawn.items():
+                file_name = "_".join(filter(None, (function.removeprefix("draw_"), re.sub(r"[^\w-]+", "-", name))))
+                with atomic_open(directory / f"{file_name}.png") as file:
+                    figure.savefig(file, format="png", dpi=150)
+                svg = io.BytesIO()
+                figure.savefig(svg, format="svg", metadata={"Date": None})
+                # As an image of its own it shares neither names nor rights with the page
+                source = f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}"
+                title = f"{heading}: {name}" if name else heading
+                shown = f"<figcaption>{text(name)}</figcaption>" if len(drawn) > 1 else ""
+                sections.append(f'<figure>{shown}<img alt="{text(title)}" src="{source}"></figure>')
+
+    title = f"Self-play report: {text(run.output_dir.resolve().name)}"
+    finished = sum(bool(iteration.record) for iteration in run.iterations)
+    planned = len(run.settings.get("beta", [])) or "?"
+    versions = ", ".join(f"{name} {run.versions[name]}" for name in ("trl-spin", "trl") if name in run.versions)
+    notes = "".join(f"<li>{text(note)}</li>" for note in run.notes)
+    page = "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{title}</title><style>{_CSS}</style></head><body>",
+            f'<h1>{title}</h1><p class="meta">{finished} of {planned} iterations finished. '
+            f"{text(versions)}. Written {datetime.now():%Y-%m-%d %H:%M}.</p>",
+            f'<ul class="notes">{notes}</ul>' if notes else "",
+            _verdicts(run),
+            _warnings(run),
+            f"<h2>Summary</h2>{_summary(run)}",
+            *sections,
+            _probes(run),
+            _lineage(run),
+            _settings(run),
+            "</body></html>\n",
+        ]
+    )
+    with atomic_open(directory / "report.html") as file:
+        file.write(page.encode())
+    return directory / "report.html"
+
+
+def main(arguments: list[str]):
+    """
+    The `trl-spin report` command.
+
+    Args:
+        arguments (`list[str]`):
+            Command line after `report`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="trl-spin report",
+        description="Writes report/report.html, one file that needs no network, and the figures as PNG files.",
+    )
+    parser.add_argument("output_dir", help="Output directory of a run, finished or not.")
+    options = parser.parse_args(arguments)
+    try:
+        path = write_report(options.output_dir)
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(f"trl-spin report: {error}")
+    tqdm.write(str(path))
