@@ -89,6 +89,7 @@ def make_args(output_dir, **kwargs) -> SPINConfig:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "write_report": False,  # which takes longer than such a run
     }
     return SPINConfig(**(defaults | kwargs))
 

@@ -66,6 +66,7 @@ ADDED_FIELDS = {
     "top_k",
     "top_p",
     "truncated_completions",
+    "write_report",
 }
 # Methods of DPOTrainer and Trainer, public or not, that SPINTrainer overrides and that they must go on calling. TRL
 # changes monthly, and an override that nothing calls any more raises nothing.

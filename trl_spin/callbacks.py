@@ -14,7 +14,7 @@
 
 import copy
 import hashlib
-import importlib
+import importlib.util
 import json
 import math
 import shutil
@@ -171,6 +171,8 @@ class SelfPlayCallback(TrainerCallback):
                 self.show(last + 1)
                 self.finish(last)
             self.write_history()
+            if args.write_report and self.trainer.is_world_process_zero():
+                self.report()
         elif not self.trainer.stop_signal.signum:
             logger.warning(
                 f"Training ended at step {state.global_step}, in the middle of iteration "
@@ -669,6 +671,22 @@ class SelfPlayCallback(TrainerCallback):
         self._write(
             _write_json, Path(self.trainer.args.output_dir) / "self_play" / HISTORY, self.trainer.state.log_history
         )
+
+    def report(self):
+        """Writes the report, where matplotlib is installed. A fault in it does not undo the training."""
+        if importlib.util.find_spec("matplotlib") is None:
+            logger.info("No report is written: `pip install trl-spin[report]` brings what it needs.")
+            return
+        from .report import write_report
+
+        try:
+            path = write_report(self.trainer.args.output_dir)
+        except Exception as error:
+            logger.warning(
+                f"The report could not be written ({type(error).__name__}: {error}). The models are intact."
+            )
+        else:
+            tqdm.write(f"Report: {path}")
 
     def on_save(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         self.write_history()

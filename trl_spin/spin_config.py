@@ -197,6 +197,9 @@ class SPINConfig(DPOConfig):
         log_completions (`bool`, *optional*, defaults to `False`):
             Whether to write prompts, real and generated answers of each iteration as text, to Parquet files in
             `output_dir/completions`, and to `wandb` and `trackio` if they are in `report_to`.
+        write_report (`bool`, *optional*, defaults to `True`):
+            Whether to write `output_dir/report/report.html` at the end of training, if `matplotlib` is installed.
+            `trl-spin report OUTPUT_DIR` does it at any time.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DPOConfig`]:
@@ -493,6 +496,13 @@ class SPINConfig(DPOConfig):
         metadata={
             "help": "Whether to write prompts, real and generated answers of each iteration as text, to Parquet files in "
             "`output_dir/completions`, and to `wandb` and `trackio` if they are in `report_to`."
+        },
+    )
+    write_report: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to write `output_dir/report/report.html` at the end of training, if `matplotlib` is "
+            "installed. `trl-spin report OUTPUT_DIR` does it at any time."
         },
     )
 
