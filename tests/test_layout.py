@@ -359,7 +359,7 @@ def test_mixed_precision_and_checkpointing(tmp_path, kwargs):
     trainer = make_trainer(tmp_path, **kwargs)
     trainer.train()
     assert trainer._shares_prefix
-    assert trainer.state.log_history[1]["self_play/initial_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert trainer.state.log_history[1]["self_play/initial_loss"] == pytest.approx(math.log(2), abs=1e-2)
 
 
 def test_logits_of_the_padded_batch_for_compute_metrics(tmp_path):

@@ -14,7 +14,6 @@
 
 import copy
 import hashlib
-import importlib.util
 import json
 import math
 import shutil
@@ -24,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache
@@ -32,11 +30,9 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
-from .display import show_table
 from .game import (
     PAIR_FEATURES,
     GameDataset,
-    atomic_open,
     find_game_fault,
     iteration_dir,
     load_game,
@@ -48,11 +44,12 @@ from .game import (
     write_answers,
 )
 from .generation import generate, length_sorted_batches, map_batches, row_seed
-from .model_card import RECORD, iteration_rows, read_records
+from .model_card import RECORD
 from .preflight import check_disk, make_plan
 from .resume import explain_out_of_memory, explain_write_error, library_versions, on_main_process, weights_fingerprint
-from .signals import describe_game, find_warnings, judge
+from .signals import describe_game, find_warnings
 from .spin_config import SPINConfig
+from .watching import Watcher, metric_prefix, write_json
 
 
 if TYPE_CHECKING:
@@ -68,7 +65,6 @@ _SAMPLING_OPTIONS = (
 # Options that decide what becomes of it
 _PAIR_OPTIONS = ("truncated_completions", "play_empty_completions", "opponent_history", "reference_alpha")
 _REHEARSAL_TOKENS = 16
-PROBES, HISTORY = "probes.json", "log_history.json"
 
 
 class DryRun(Exception):
@@ -89,6 +85,7 @@ class SelfPlayCallback(TrainerCallback):
 
     def __init__(self, trainer: "SPINTrainer"):
         self.trainer = trainer
+        self.watcher = Watcher(trainer)
 
     def on_train_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         for game in self.trainer.games.values():
@@ -121,7 +118,7 @@ class SelfPlayCallback(TrainerCallback):
                 pairs, metrics = recalled
                 self.trainer.log(metrics)
             self.swap(iteration, pairs)
-            self.show(iteration)
+            self.probe(iteration)
         elif not self.trainer.games["train"].pairs:  # resumed in the middle of an iteration
             pairs = on_main_process(self.trainer.accelerator, load_game, args.output_dir, iteration)
             self.swap(iteration, pairs)
@@ -160,7 +157,7 @@ class SelfPlayCallback(TrainerCallback):
         names = [name for name in trainer.games if name != "train"]
         pairs = self._answer_games(names, next_iteration, self._request(next_iteration))
         trainer.model.eval()  # `log` would add the metrics of training
-        trainer.log(self._answer_metrics(pairs))
+        trainer.log(self.watcher.answer_metrics(pairs))
         trainer.model.train(training)
 
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -168,11 +165,13 @@ class SelfPlayCallback(TrainerCallback):
             last = self.trainer.iteration_steps.index(state.global_step) - 1
             self.keep(last)
             if not self.trainer.stop_signal.signum:
-                self.show(last + 1)
-                self.finish(last)
-            self.write_history()
-            if args.write_report and self.trainer.is_world_process_zero():
-                self.report()
+                self.probe(last + 1)
+                best = on_main_process(self.trainer.accelerator, self.watcher.find_best, last)
+                if args.load_best_iteration_at_end:
+                    self.trainer.load_iteration(best)
+            self._write(self.watcher.write_history)
+            if args.write_report:
+                on_main_process(self.trainer.accelerator, self.watcher.report)
         elif not self.trainer.stop_signal.signum:
             logger.warning(
                 f"Training ended at step {state.global_step}, in the middle of iteration "
@@ -461,23 +460,22 @@ class SelfPlayCallback(TrainerCallback):
         }
         games = {}
         for name, dataset in pairs.items():
-            prefix = _prefix(name) + "self_play/"
+            prefix = metric_prefix(name) + "self_play/"
             newest = dataset.select(range(len(trainer.games[name])))
             games[name] = describe_game(newest)
             metrics |= {prefix + key: value for key, value in games[name].items()}
             metrics[f"{prefix}left_out"] = sum(trainer.left_out[name].values())
             if args.log_completions:
-                self._write(self._log_completions, name, iteration, newest)
+                self._write(self.watcher.log_completions, name, iteration, newest)
         for age in range(len(pairs["train"]) // len(trainer.games["train"])):
             metrics[f"self_play/opponent_age_{age}"] = len(trainer.games["train"]) / len(pairs["train"])
-        metrics |= self._answer_metrics(pairs)
+        metrics |= self.watcher.answer_metrics(pairs)
         if iteration == 0:
-            self._value(-1, metrics)  # so that a name that does not exist fails now
-        # On held-out pairs, if there are any: on the others, the model may know the real answers by heart
-        name = next((name for name in games if name != "train"), "train")
+            self.watcher.value(-1, metrics)  # so that a name that does not exist fails now
+        name = trainer.judged_dataset
         earlier = read_manifest(args.output_dir, iteration - 1) if iteration else None
         warnings = find_warnings(
-            games[name], earlier and _with_prefix(earlier["metrics"], _prefix(name) + "self_play/")
+            games[name], earlier and _with_prefix(earlier["metrics"], metric_prefix(name) + "self_play/")
         )
         for warning in warnings:
             logger.warning(f"Iteration {iteration}: {warning}")
@@ -495,36 +493,6 @@ class SelfPlayCallback(TrainerCallback):
         }
         self._write(store_game, args.output_dir, iteration, pairs, manifest)
         trainer.log(dict(metrics))
-
-    def _log_completions(self, name: str, iteration: int, pairs: Dataset):
-        args, decode = self.trainer.args, self._decode
-        table = pandas.DataFrame(
-            {
-                "step": self.trainer.state.global_step,
-                "iteration": iteration,
-                "row": pairs["row"],
-                "prompt": decode(pairs["prompt_ids"]),
-                "real": decode(pairs["real_ids"]),
-                "generated": decode(pairs["generated_ids"]),
-            }
-        )
-        with atomic_open(Path(args.output_dir) / "completions" / f"{name}-{iteration:05d}.parquet") as file:
-            table.to_parquet(file)
-        for backend in {"wandb", "trackio"} & set(args.report_to):
-            tracker = importlib.import_module(backend)
-            tracker.log({f"completions/{name}": tracker.Table(dataframe=table)})
-
-    def _decode(self, ids: list[list[int]]) -> list[str]:
-        return self.trainer._tokenizer.batch_decode(list(ids), skip_special_tokens=True)
-
-    def _answer_metrics(self, pairs: dict[str, Dataset]) -> dict[str, float]:
-        """What the user's function says of the answers to held-out prompts."""
-        metrics = {}
-        for name in pairs.keys() - {"train"} if self.trainer.compute_answer_metrics is not None else ():
-            texts = (self._decode(pairs[name][f"{part}_ids"]) for part in ("prompt", "generated", "real"))
-            for key, value in self.trainer.compute_answer_metrics(*texts).items():
-                metrics[f"{_prefix(name)}answers/{key}"] = float(value)
-        return metrics
 
     def swap(self, iteration: int, pairs: dict[str, Dataset]):
         """
@@ -546,150 +514,37 @@ class SelfPlayCallback(TrainerCallback):
                 game.proto_ids = first[name]["generated_ids"][: len(game)]
         trainer.begin_iteration(iteration)
 
-    def show(self, iteration: int):
+    def probe(self, iteration: int):
         """
-        Shows the iterations so far, and the answers to a few fixed prompts beside those of the earlier opponents. They
-        are sampled with the same seeds in every iteration, so that only the model differs.
+        Lets the model answer a few fixed prompts, and shows it beside the earlier ones. The seeds are the same in every
+        iteration, so that only the model differs.
 
         Args:
             iteration (`int`):
                 Self-play iteration that begins, or the number of iterations at the end of the game.
         """
-        trainer, args = self.trainer, self.trainer.args
-        path = iteration_dir(args.output_dir, iteration) / PROBES
-        if args.num_probes and not on_main_process(trainer.accelerator, path.is_file):
-            name = next((name for name in trainer.games if name != "train"), "train")
+        trainer, num_probes = self.trainer, self.trainer.args.num_probes
+        if num_probes and not on_main_process(trainer.accelerator, self.watcher.probe_path(iteration).is_file):
+            name = trainer.judged_dataset
             rows = trainer.games[name].rows
-            rows = rows.select(range(min(args.num_probes, len(rows))))
-            pairs = self._answer(f"{name} probes", rows, -1, args, desc="Probes")
-            parts = [self._decode(pairs[f"{part}_ids"]) for part in ("prompt", "real", "generated")]
-            probes = [
-                dict(zip(("row", "prompt", "real", "generated"), values, strict=True))
-                for values in zip(pairs["row"], *parts, strict=True)
-            ]
-            self._write(_write_json, path, probes)
+            rows = rows.select(range(min(num_probes, len(rows))))
+            pairs = self._answer(f"{name} probes", rows, -1, trainer.args, desc="Probes")
+            self._write(self.watcher.write_probes, iteration, pairs)
         if trainer.is_world_process_zero():
-            records = read_records(args.output_dir, iteration)
-            if records:
-                # One column per iteration: there are fewer of them than numbers
-                show_table("Self-play so far", [list(row) for row in zip(*iteration_rows(records), strict=True)])
-            if args.num_probes:
-                show_table("Probes", self._probe_rows(iteration))
-
-    def _probe_rows(self, iteration: int) -> list[list[str]]:
-        models = {"start": 0} | {f"iteration {t}": t + 1 for t in range(iteration)}
-        probes = {}
-        for model, t in models.items():
-            path = iteration_dir(self.trainer.args.output_dir, t) / PROBES
-            if path.is_file():
-                probes[model] = {probe["row"]: probe for probe in json.loads(path.read_text(encoding="utf-8"))}
-        newest = list(probes.values())[-1]
-        rows = [["prompt", "real answer", *probes]]
-        for row, probe in newest.items():
-            answers = [by_row[row]["generated"] if row in by_row else "" for by_row in probes.values()]
-            rows.append([shorten(text) for text in (probe["prompt"], probe["real"], *answers)])
-        return rows
+            self.watcher.show(iteration)
 
     # ---- The end of an iteration ----
 
     def on_evaluate(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if not args.early_stopping or state.global_step not in self.trainer.iteration_steps[1:]:
-            return
-        iteration = self.trainer.iteration_steps.index(state.global_step) - 1
-        logs = self._last_logs(iteration)
-        if args.metric_for_best_iteration not in logs:
-            return  # of another evaluation set
-        fine, verdict = self._judge(iteration, logs)
-        prefix = args.metric_for_best_iteration.removesuffix("nll/real").split("answers/")[0]
-        low, high = (logs[f"{prefix}rewards/accuracies_{end}"] for end in ("low", "high"))
-        if not fine:
-            reason = f"iteration {iteration} hurt ({verdict})"
-        elif low <= 0.5:
-            reason = (
-                f"held-out real and generated answers can no longer be told apart (accuracy between {low:.3f} and "
-                f"{high:.3f})"
-            )
-        else:
-            return
-        if iteration + 1 < args.num_self_play_iterations:
-            logger.warning(f"The game ends after iteration {iteration}: {reason}.")
-            control.should_training_stop = True
-
-    def _value(self, iteration: int, metrics: dict[str, float]) -> float | None:
-        """What compares iterations, of the model of an iteration (-1: the model that self-play starts from)."""
-        args = self.trainer.args
-        name = args.metric_for_best_iteration
-        key = name.replace("nll/real", "self_play/nll_real") if iteration == -1 else name
-        if key not in metrics and (args.early_stopping or args.load_best_iteration_at_end):
-            known = sorted(key.replace("self_play/nll_real", "nll/real") for key in metrics if key.startswith("eval_"))
-            known = [key for key in known if key.endswith("nll/real") or "answers/" in key]
-            raise ValueError(f"`metric_for_best_iteration` is {name!r}, which is not measured. There are {known}.")
-        return metrics.get(key)
-
-    def _judge(self, iteration: int, logs: dict[str, float]) -> tuple[bool, str | None]:
-        name = self.trainer.args.metric_for_best_iteration
-        before, after = self._values(iteration - 1).get(iteration - 1), self._value(iteration, logs)
-        if before is None or after is None:
-            return True, None
-        return judge(before, after, name, greater_is_better="answers/" in name)
-
-    def _values(self, last: int) -> dict[int, float | None]:
-        """Values of the model that self-play started from, and of the finished iterations whose folders are there."""
-        output_dir = self.trainer.args.output_dir
-        manifest = read_manifest(output_dir, 0)
-        values = {-1: None if manifest is None else self._value(-1, manifest["metrics"])}
-        return values | {r["iteration"]: self._value(r["iteration"], r) for r in read_records(output_dir, last + 1)}
-
-    def finish(self, last: int):
-        """
-        Ends the game: says whether its last model is better than the one it began with, and returns to the best if asked.
-
-        Args:
-            last (`int`):
-                Last iteration that was played.
-        """
-        trainer, args = self.trainer, self.trainer.args
-        values = {t: value for t, value in self._values(last).items() if value is not None}
-        if last not in values:
-            return
-        best = (max if "answers/" in args.metric_for_best_iteration else min)(values, key=values.get)
-        if best != last:
-            name = "the model that self-play started from" if best == -1 else f"iteration {best}'s"
-            logger.warning(
-                f"The last model is not the best one: `{args.metric_for_best_iteration}` is {values[last]:.4g} for it, and "
-                f"{values[best]:.4g} for {name}."
-            )
-        if args.load_best_iteration_at_end:
-            if best == -1:
-                trainer.load_base_weights()
-            elif best != last:
-                trainer._load_from_checkpoint(str(Path(args.output_dir) / f"iteration-{best}"))
-            trainer.log({"self_play/best_iteration": best})
-
-    def write_history(self):
-        """Keeps what was logged so far beside the games, for the report."""
-        self._write(
-            _write_json, Path(self.trainer.args.output_dir) / "self_play" / HISTORY, self.trainer.state.log_history
-        )
-
-    def report(self):
-        """Writes the report, where matplotlib is installed. A fault in it does not undo the training."""
-        if importlib.util.find_spec("matplotlib") is None:
-            logger.info("No report is written: `pip install trl-spin[report]` brings what it needs.")
-            return
-        from .report import write_report
-
-        try:
-            path = write_report(self.trainer.args.output_dir)
-        except Exception as error:
-            logger.warning(
-                f"The report could not be written ({type(error).__name__}: {error}). The models are intact."
-            )
-        else:
-            tqdm.write(f"Report: {path}")
+        if args.early_stopping and state.global_step in self.trainer.iteration_steps[1:-1]:
+            iteration = self.trainer.iteration_steps.index(state.global_step) - 1
+            reason = on_main_process(self.trainer.accelerator, self.watcher.why_stop, iteration)
+            if reason is not None:
+                logger.warning(f"The game ends after iteration {iteration}: {reason}.")
+                control.should_training_stop = True
 
     def on_save(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        self.write_history()
+        self._write(self.watcher.write_history)
 
     def keep(self, iteration: int):
         """
@@ -709,46 +564,22 @@ class SelfPlayCallback(TrainerCallback):
             settings = {
                 name: args.per_iteration(name)[iteration] for name in ("beta", "learning_rate", "num_train_epochs")
             }
-            logs = self._last_logs(iteration)
+            logs = self.watcher.last_logs(iteration)
             record = {"iteration": iteration, **manifest["metrics"], **logs, **settings}
-            record |= {"warnings": manifest["warnings"], "verdict": self._judge(iteration, logs)[1]}
-            _write_json(directory / RECORD, record)
+            record |= {"warnings": manifest["warnings"], "verdict": self.watcher.judge(iteration)[1]}
+            write_json(directory / RECORD, record)
             name = args.hub_model_id or Path(args.output_dir).name
             trainer.create_model_card(model_name=f"{name.split('/')[-1]}-iteration-{iteration}")
             shutil.copy(Path(args.output_dir) / "README.md", directory / "README.md")
         trainer.accelerator.wait_for_everyone()
-
-    def _last_logs(self, iteration: int) -> dict[str, float]:
-        """What was logged last in an iteration, of training and of evaluation."""
-        first_step = self.trainer.iteration_steps[iteration]
-        last_logs = {}
-        for logs in self.trainer.state.log_history:
-            if logs["step"] > first_step and "self_play/iteration" not in logs and "train_runtime" not in logs:
-                last_logs |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
-        return last_logs
 
 
 def _hash(request: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-def _write_json(path: Path, content: Any):
-    with atomic_open(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
-
-
-def _prefix(name: str) -> str:
-    """What stands before the metrics of a dataset."""
-    return {"train": "", "eval": "eval_"}.get(name, f"eval_{name}_")
-
-
 def _with_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-
-
-def shorten(text: str, width: int = 300) -> str:
-    """The beginning of a text."""
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _check_played(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, iteration: int):

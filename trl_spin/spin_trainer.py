@@ -348,6 +348,11 @@ class SPINTrainer(DPOTrainer):
             return super()._get_eval_sampler(eval_dataset)
         return LengthGroupedSampler(eval_dataset, self.args.eval_batch_size * self.accelerator.num_processes, seed=0)
 
+    @property
+    def judged_dataset(self) -> str:
+        """Name of the dataset that tells most: held-out prompts, if there are any, as training ones are soon known."""
+        return next((name for name in self.games if name != "train"), "train")
+
     def data_settings(self) -> dict[str, Any]:
         """
         Returns:
@@ -619,6 +624,20 @@ class SPINTrainer(DPOTrainer):
         base = safetensors.torch.load_file(self._base_file)
         for name, p in self._trained_weights().items():
             p.copy_(base[name])
+
+    def load_iteration(self, iteration: int):
+        """
+        Returns to the model of an iteration.
+
+        Args:
+            iteration (`int`):
+                Finished iteration; -1 for the model that self-play started from.
+        """
+        if iteration == -1:
+            self.load_base_weights()
+        else:
+            self._load_from_checkpoint(str(Path(self.args.output_dir) / f"iteration-{iteration}"))
+        self.log({"self_play/best_iteration": iteration})
 
     @contextmanager
     def base_weights(self):
