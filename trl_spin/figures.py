@@ -179,7 +179,7 @@ def draw_iterations(run: "Run") -> Figure | None:
             ax.annotate(
                 "chance",
                 (1, 0.5),
-                (0, 2),
+                (0, -10),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 ha="right",
@@ -249,6 +249,7 @@ def _draw_histograms(panels: dict, xlabel: str, whole_numbers: bool = False, mar
             ax.axvline(mark, color="0.2", linewidth=0.9)
         ax.margins(x=0.02)
         ax.set_title(title)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole_numbers))
     all_axes[0].set_ylim(bottom=0)
     for ax in all_axes[-4:]:
         ax.set_xlabel(xlabel)

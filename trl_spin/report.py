@@ -274,26 +274,28 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.2r
 h2 { border-bottom: 1px solid #bbb; } p.meta { color: #555; margin-top: .2rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .2rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e3e3e3; }
-th:first-child, td.text { text-align: left; font-weight: normal; overflow-wrap: anywhere; }
+th:first-child, td.text { text-align: left; font-weight: normal; } td.long { overflow-wrap: anywhere; }
 thead th { border-bottom: 1.5px solid #555; font-weight: 600; white-space: nowrap; }
 tr.group th { font-weight: 600; padding-top: .7rem; }
 figure { margin: 1rem 0; break-inside: avoid; } figure img { max-width: 100%; height: auto; }
 figcaption { color: #444; font-size: .9rem; }
 .warnings li, .notes li { margin: .3rem 0; overflow-wrap: anywhere; } .warnings li::marker { color: #b00020; }
 .probe { border-top: 1px solid #ccc; padding: .3rem 0 .8rem; }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .6rem; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .6rem; }
 .answers h4 { margin: .3rem 0; font-size: .8rem; color: #555; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 13px/1.4 ui-monospace, monospace;
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: .8rem/1.4 ui-monospace, monospace;
   background: #f5f5f5; padding: .4rem .5rem; unicode-bidi: isolate; }
 code { font-size: .85em; overflow-wrap: anywhere; }
 dl.settings { columns: 2; column-gap: 2rem; font-size: .85rem; } dl.settings div { break-inside: avoid; }
 dl.settings dt { display: inline; } dl.settings dd { display: inline; margin: 0; color: #444; overflow-wrap: anywhere; }
 dl.settings dt::after { content: ": "; }
-@media print { body { margin: 0; max-width: none; font-size: 11px; } h2 { break-after: avoid; }
+@media print { :root { font-size: 11px; } body { margin: 0; max-width: none; font-size: 1rem; } h2 { break-after: avoid; }
   .scroll { overflow: visible; } th, td { padding: .1rem .35rem; } tr { break-inside: avoid; } }
 """
 # No scripts, no network, whatever a model has written
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# They turn the text around them about, so that it reads as another
+_BIDI = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def text(value: Any) -> str:
@@ -305,13 +307,20 @@ def text(value: Any) -> str:
             Value.
 
     Returns:
-        `str`: Escaped text, without control characters.
+        `str`: Escaped text, without control characters and without those that change the direction of writing.
     """
     plain = "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\N{REPLACEMENT CHARACTER}"
+        c
+        if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") and c not in _BIDI
+        else "\N{REPLACEMENT CHARACTER}"
         for c in str(value)
     )
     return html.escape(plain)
+
+
+def _prose(message: str) -> str:
+    """A message of the package's own, with its code set as such."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(message))
 
 
 def _number(value: Any) -> str:
@@ -352,6 +361,7 @@ def summary_rows(run: Run) -> list[tuple[str, list[str]]]:
         if len(rows) > start:
             rows.insert(start, (heading, []))
 
+    add("verdict", [str(i.record.get("verdict") or ("" if i.record else "not finished")) for i in run.iterations])
     rows.append(("Settings", []))
     for title, key in {"λ": "beta", "learning rate": "learning_rate", "passes": "num_train_epochs"}.items():
         planned = run.settings.get(key, [])
@@ -398,9 +408,7 @@ def summary_rows(run: Run) -> list[tuple[str, list[str]]]:
         if name == "train":
             titles |= {"NLL of real answers": "self_play/nll_real"}
         add_metrics(f"Answers of the opponent ({name})", titles, run.prefix(name))
-    rows.append(("", []))
-    add("verdict", [str(i.record.get("verdict") or ("" if i.record else "not finished")) for i in run.iterations])
-    return [row for row in rows if row != ("", [])]
+    return rows
 
 
 def _summary(run: Run) -> str:
@@ -421,19 +429,10 @@ def _warnings(run: Run) -> str:
     lines = []
     for iteration in run.iterations:
         warnings = iteration.record.get("warnings") or iteration.manifest.get("warnings") or []
-        lines += [f"<li>Iteration {iteration.number}: {text(warning)}</li>" for warning in warnings]
+        lines += [f"<li>Iteration {iteration.number}: {_prose(warning)}</li>" for warning in warnings]
     if not lines:
         return ""
     return f'<h2>Warnings</h2><ul class="warnings">{"".join(lines)}</ul>'
-
-
-def _verdicts(run: Run) -> str:
-    lines = [
-        f"<li>Iteration {i.number}: {text(i.record['verdict'])}</li>"
-        for i in run.iterations
-        if i.record.get("verdict")
-    ]
-    return f"<h2>Verdicts</h2><ul>{''.join(lines)}</ul>" if lines else ""
 
 
 def _probes(run: Run) -> str:
@@ -469,9 +468,9 @@ def _lineage(run: Run) -> str:
         pairs = sum(shard["rows"] for shard in iteration.manifest["shards"] if shard["dataset"] == "train")
         made = f"iteration-{iteration.number}" if iteration.record else "not finished"
         rows.append(
-            f'<tr><th>{iteration.number}</th><td class="text">{text(opponent["model"] or "a model without a name")}</td>'
-            f'<td class="text"><code>{text(opponent["fingerprint"])}</code></td><td>{pairs}</td>'
-            f'<td class="text">{made}</td></tr>'
+            f'<tr><th>{iteration.number}</th><td class="text long">{text(opponent["model"] or "a model without a name")}</td>'
+            f'<td class="text long"><code>{text(opponent["fingerprint"])}</code></td><td>{pairs}</td>'
+            f"<td>{made}</td></tr>"
         )
     data = "".join(
         f"<li>{text(name)}: <code>{text(fingerprint)}</code></li>"
@@ -479,7 +478,7 @@ def _lineage(run: Run) -> str:
     )
     return (
         '<h2>Lineage</h2><div class="scroll"><table><thead><tr><th>iteration</th><th>opponent and reference</th>'
-        "<th>fingerprint of its weights</th><th>pairs</th><th>makes</th></tr></thead>"
+        "<th>its weights, by SHA-256</th><th>pairs</th><th>makes</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div><p>Data, by SHA-256:</p><ul>{data}</ul>"
     )
 
@@ -504,9 +503,10 @@ def _captions(run: Run) -> dict[str, tuple[str, str]]:
         "draw_training": (
             "Training",
             "Lines: training, as logged. Single points: held-out prompts. Rewards, margin and loss start afresh in each "
-            "iteration, as the opponent is then the model itself; the loss starts at ℓ(0) (log 2 for the logistic loss). "
-            "The log-probs of generated answers should fall; those of real answers may fall a little too, which is no "
-            "harm as long as their held-out negative log-likelihood (NLL) does not rise. Accuracy on training pairs soon means memory.",
+            "iteration, as the opponent is then the model itself; the loss starts at ℓ(0), log 2 for the logistic loss. The "
+            "reward of generated answers should fall, and that of real answers rise. Where both fall, look at the negative "
+            "log-likelihood (NLL) of held-out real answers: harm is done when that rises. Accuracy on training pairs soon "
+            "means memory.",
         ),
         "draw_iterations": (
             "Iterations",
@@ -527,7 +527,7 @@ def _captions(run: Run) -> dict[str, tuple[str, str]]:
         "draw_changes": (
             "What each iteration did to the real answers",
             "Change of their log-prob per token from one opponent to the next. Right of the line, a real answer has become "
-            "more likely.",
+            "more likely. An iteration stands here once the next one has begun.",
         ),
     }
 
@@ -582,7 +582,7 @@ def write_report(output_dir: str | Path) -> Path:
     finished = sum(bool(iteration.record) for iteration in run.iterations)
     planned = len(run.settings.get("beta", [])) or "?"
     versions = ", ".join(f"{name} {run.versions[name]}" for name in ("trl-spin", "trl") if name in run.versions)
-    notes = "".join(f"<li>{text(note)}</li>" for note in run.notes)
+    notes = "".join(f"<li>{_prose(note)}</li>" for note in run.notes)
     page = "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
@@ -591,8 +591,7 @@ def write_report(output_dir: str | Path) -> Path:
             f"<title>{title}</title><style>{_CSS}</style></head><body>",
             f'<h1>{title}</h1><p class="meta">{finished} of {planned} iterations finished. '
             f"{text(versions)}. Written {datetime.now():%Y-%m-%d %H:%M}.</p>",
-            f'<ul class="notes">{notes}</ul>' if notes else "",
-            _verdicts(run),
+            f'<p>To know:</p><ul class="notes">{notes}</ul>' if notes else "",
             _warnings(run),
             f"<h2>Summary</h2>{_summary(run)}",
             *sections,
