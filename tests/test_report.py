@@ -30,7 +30,8 @@ from transformers import TrainerCallback
 
 from trl_spin.__main__ import main
 from trl_spin.game import load_game
-from trl_spin.report import read_run, summary_rows, write_report
+from trl_spin.report import summary_rows, write_report
+from trl_spin.run_files import read_run
 
 
 class Page(HTMLParser):

@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 
 
 if TYPE_CHECKING:
-    from .report import Run
+    from .run_files import Run
 
 # Colours that the colour-blind can tell apart (Okabe and Ito). Marker or line tells them apart in grey
 SIDES = {
@@ -41,7 +41,13 @@ SERIES = [
 ]
 _STYLE = {
     **{"font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "legend.fontsize": 8},
-    **{"legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5, "axes.grid": True},
+    **{
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.8,
+        "lines.linewidth": 1.4,
+        "lines.markersize": 4.5,
+        "axes.grid": True,
+    },
     **{"grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
     "text.parse_math": False,  # a dataset's name may hold a dollar sign
     "svg.hashsalt": "trl-spin",  # the same run gives the same file
