@@ -89,13 +89,21 @@ def make_args(output_dir, **kwargs) -> SPINConfig:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "write_report": False,  # which takes longer than such a run
     }
     return SPINConfig(**(defaults | kwargs))
 
 
 def make_trainer(tmp_path, tokenizer=None, dataset=None, model=None, callbacks=None, **kwargs):
     tokenizer = tokenizer or make_tokenizer()
-    trainer_kwargs = {k: kwargs.pop(k) for k in ("eval_dataset", "peft_config", "optimizers") if k in kwargs}
+    trainer_kwargs = {
+        k: kwargs.pop(k)
+        for k in (
+            *("compute_metrics", "data_collator", "eval_dataset", "peft_config", "optimizers"),
+            "compute_answer_metrics",
+        )
+        if k in kwargs
+    }
     return SPINTrainer(
         model if model is not None else make_model(tokenizer),
         args=make_args(tmp_path, **kwargs),

@@ -43,6 +43,7 @@ COMMANDS = [
 ]
 # What makes a 7B model on a GPU a toy on a CPU
 TINY = {"use_cpu": True, "max_length": 256, "max_completion_length": 8, "logging_steps": 1, "disable_tqdm": True}
+TINY["write_report"] = False
 
 ZEPHYR = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}"
@@ -89,6 +90,8 @@ def tiny_defaults(monkeypatch):
     init = SPINConfig.__init__
 
     def tiny_init(self, *args, **kwargs):
+        if "held_out_size" in kwargs:
+            kwargs["held_out_size"] = 2
         init(self, *args, **{**kwargs, **TINY})
 
     monkeypatch.setattr(SPINConfig, "__init__", tiny_init)

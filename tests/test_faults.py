@@ -176,7 +176,7 @@ def test_an_edited_shard_of_answers_is_named_and_made_again(tmp_path, caplog, mo
     trainer.train(resume_from_checkpoint=True)
     assert f"{first} is damaged" in caplog.text
     # Only the answers of that shard were generated again, and the whole game is as it should be
-    assert "prompts were answered before" in caplog.text and "12 of 12" not in caplog.text
+    assert "prompts have been answered already" in caplog.text and "12 of 12" not in caplog.text
     straight = make_trainer(tmp_path / "straight", generation_token_budget=130)
     straight.train()
     assert_same_weights(straight, weights(trainer))
@@ -383,7 +383,9 @@ def test_the_rehearsal_leaves_no_trace(tmp_path, monkeypatch):
     kwargs = {"peft_config": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5), "logging_steps": 2}
     rehearsed = make_trainer(tmp_path / "rehearsed", **kwargs)
     rehearsed.train()
-    monkeypatch.setattr("trl_spin.callbacks.SelfPlayCallback.rehearse", lambda self: None)
+    monkeypatch.setattr(
+        "trl_spin.callbacks.SelfPlayCallback.rehearse", lambda self: setattr(self.trainer, "_shares_prefix", True)
+    )
     trainer = make_trainer(tmp_path / "not", **kwargs)
     trainer.train()
     assert_same_weights(trainer, weights(rehearsed))

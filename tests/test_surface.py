@@ -20,6 +20,7 @@ import subprocess
 import sys
 
 import pytest
+import trl.trainer.utils
 from bitsandbytes.nn import Linear4bit
 from conftest import make_args, make_dataset, make_model, make_tokenizer
 from huggingface_hub import HfApi, RepoUrl
@@ -34,6 +35,12 @@ ADDED_FIELDS = {
     "chat_template_kwargs",
     "completion_column",
     "dry_run",
+    "early_stopping",
+    "held_out_size",
+    "load_best_iteration_at_end",
+    "log_completions",
+    "metric_for_best_iteration",
+    "num_probes",
     "ds3_gather_for_generation",
     "first_turn_only",
     "generation_kwargs",
@@ -52,17 +59,21 @@ ADDED_FIELDS = {
     "repetition_penalty",
     "reset_optimizer_state",
     "sft_weight",
+    "share_prefix",
     "space_mu",
     "t_spin_history_weight",
     "temperature",
     "top_k",
     "top_p",
     "truncated_completions",
+    "write_report",
 }
 # Methods of DPOTrainer and Trainer, public or not, that SPINTrainer overrides and that they must go on calling. TRL
 # changes monthly, and an override that nothing calls any more raises nothing.
 OVERRIDES = {
     "_compute_loss",
+    "_get_eval_sampler",
+    "_get_train_sampler",
     "_precompute_ref_logps",
     "_prepare_dataset",
     "_save_checkpoint",
@@ -83,6 +94,7 @@ ATTRIBUTES = {
     "_total_train_tokens",
     "_tokenizer",
     "loss_types",
+    "aux_loss_enabled",
     "loss_weights",
     "use_weighting",
 }
@@ -122,7 +134,7 @@ def test_signature_is_that_of_dpo_trainer():
         code = cls.__init__.__code__
         return code.co_varnames[: code.co_argcount]
 
-    assert arguments(SPINTrainer) == arguments(DPOTrainer)
+    assert arguments(SPINTrainer) == (*arguments(DPOTrainer), "compute_answer_metrics")
 
 
 def test_overrides_exist_upstream_and_are_called(tmp_path, monkeypatch):
@@ -154,6 +166,7 @@ def test_overrides_exist_upstream_and_are_called(tmp_path, monkeypatch):
     assert called == OVERRIDES - {"push_to_hub"}  # which has a test of its own
     assert all(hasattr(trainer, name) for name in ATTRIBUTES)
     assert hasattr(Linear4bit(64, 64), "support_avx512bf16_for_cpu")
+    assert callable(trl.trainer.utils._use_triton)
 
 
 def test_a_push_to_the_hub_holds_the_model_and_no_data(tmp_path, monkeypatch):

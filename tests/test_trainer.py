@@ -78,7 +78,14 @@ def test_loss_and_gradient_are_equation_4_7(tmp_path, beta):
 
 
 def test_iteration_0_is_dpo_trainer_on_the_same_pairs(tmp_path):
-    trainer = make_trainer(tmp_path / "spin", num_self_play_iterations=1, num_train_epochs=2)
+    # Bit by bit, so in the same layout and order: `test_layout.py` compares the layouts
+    trainer = make_trainer(
+        tmp_path / "spin",
+        num_self_play_iterations=1,
+        num_train_epochs=2,
+        share_prefix=False,
+        train_sampling_strategy="random",
+    )
     trainer.train()
     pairs = load_game(trainer.args.output_dir, 0)["train"]
     pairs = Dataset.from_dict(
@@ -129,14 +136,14 @@ def test_an_identical_pair_has_zero_gradient_and_costs_nothing(tmp_path):
         return loss.detach(), [p.grad.clone() for p in trainer.model.parameters()]
 
     (loss, gradients), (full_loss, full_gradients) = (loss_and_gradients(skip, inputs) for skip in (True, False))
-    assert seen == [4, 8]
+    assert seen == [2, 4]
     torch.testing.assert_close(loss, full_loss)
     torch.testing.assert_close(gradients, full_gradients)
     # A batch of nothing else still has a loss, ℓ(0), and a gradient, 0
     only = trainer._prepare_inputs(trainer.data_collator([rows[1], rows[3]]))
     loss, gradients = loss_and_gradients(True, only)
-    assert loss.item() == pytest.approx(math.log(2))
-    assert all(g.abs().max() < 1e-6 for g in gradients)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
+    assert all(g.abs().max() < 1e-5 for g in gradients)
     handle.remove()
 
 
@@ -211,9 +218,10 @@ def played(request, tmp_path):
 
 def test_every_iteration_starts_at_ln_2_with_one_model_in_memory(played):
     kind, trainer, initial = played
-    tolerance = 1e-6 if kind != "qlora" else 0.01
+    tolerance = 1e-5 if kind != "qlora" else 0.01
     assert first_losses(trainer) == [pytest.approx(math.log(2), abs=tolerance)] * 3
     assert trainer.ref_model is None
+    assert trainer._shares_prefix
     if kind != "full":
         assert list(trainer.model.peft_config) == ["default"]
 
@@ -242,7 +250,7 @@ def test_promotion_makes_the_trained_model_the_reference(played):
             base = load_in_4bit(trainer.base_model_id) if kind == "qlora" else make_wide_model()
             model = PeftModel.from_pretrained(base, directory)
         score = logp(model, row["prompt_ids"], row["generated_ids"]).item()
-        tolerance = 0.2 if kind == "qlora" else 1e-3  # bfloat16 against an effect of several nats
+        tolerance = 0.5 if kind == "qlora" else 1e-3  # bfloat16, 0.6 off float32, against an effect of several nats
         assert (score == pytest.approx(row["ref_generated_logps"], abs=tolerance)) == is_reference
 
 
@@ -447,6 +455,8 @@ def test_runs_are_not_mixed(tmp_path):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match="has not started"):
         trainer.train_dataset[0]
+    with pytest.raises(ValueError, match="has not started"):
+        make_trainer(tmp_path / "eval", eval_dataset=make_dataset(3)).evaluate()
     trainer.train()
     with pytest.raises(ValueError, match="holds the games of another run"):
         make_trainer(tmp_path).train()
@@ -480,6 +490,7 @@ def test_a_reference_model_contradicts_spin(model, tokenizer, dataset, tmp_path)
         ({"truncated_completions": "shorten"}, "shorten"),
         ({"temperature": -1.0}, "temperature"),
         ({"opponent_history": -1}, "opponent_history"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
         ({"prompt_column": "question"}, "go together"),
     ],
 )

@@ -14,6 +14,7 @@
 
 import copy
 import hashlib
+import importlib.util
 import json
 import math
 import shutil
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache
@@ -30,12 +32,15 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
+from .display import show_table
 from .game import (
     PAIR_FEATURES,
     GameDataset,
+    atomic_open,
     find_game_fault,
     iteration_dir,
     load_game,
+    pair_lengths,
     read_answers,
     read_manifest,
     store_game,
@@ -43,9 +48,10 @@ from .game import (
     write_answers,
 )
 from .generation import generate, length_sorted_batches, map_batches, row_seed
-from .model_card import RECORD
+from .model_card import RECORD, iteration_rows, read_records
 from .preflight import check_disk, make_plan
 from .resume import explain_out_of_memory, explain_write_error, library_versions, on_main_process, weights_fingerprint
+from .signals import describe_game, find_warnings, judge
 from .spin_config import SPINConfig
 
 
@@ -62,6 +68,7 @@ _SAMPLING_OPTIONS = (
 # Options that decide what becomes of it
 _PAIR_OPTIONS = ("truncated_completions", "play_empty_completions", "opponent_history", "reference_alpha")
 _REHEARSAL_TOKENS = 16
+PROBES, HISTORY = "probes.json", "log_history.json"
 
 
 class DryRun(Exception):
@@ -94,7 +101,7 @@ class SelfPlayCallback(TrainerCallback):
         if args.dry_run:
             raise DryRun
         self.trainer.write_run()
-        if args.reference_alpha < 1 and state.global_step == 0:
+        if (args.reference_alpha < 1 or args.load_best_iteration_at_end) and state.global_step == 0:
             self.trainer.keep_base_weights()
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -114,6 +121,7 @@ class SelfPlayCallback(TrainerCallback):
                 pairs, metrics = recalled
                 self.trainer.log(metrics)
             self.swap(iteration, pairs)
+            self.show(iteration)
         elif not self.trainer.games["train"].pairs:  # resumed in the middle of an iteration
             pairs = on_main_process(self.trainer.accelerator, load_game, args.output_dir, iteration)
             self.swap(iteration, pairs)
@@ -122,6 +130,7 @@ class SelfPlayCallback(TrainerCallback):
                 f"An epoch ended at step {state.global_step}, before the end of the dataset. Iterations are made of "
                 "whole epochs: do not set `control.should_epoch_stop` in a callback."
             )
+        self.trainer.games["train"].epoch = state.global_step // self.trainer.steps_per_epoch
         self.trainer.games["train"].turn = turn
 
     def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -142,10 +151,28 @@ class SelfPlayCallback(TrainerCallback):
             control.should_log = True
             control.should_evaluate = self.trainer.eval_dataset is not None
             control.should_save = args.save_strategy != "no"
+            if self.trainer.compute_answer_metrics is not None:
+                self._measure_answers(self.trainer.iteration_steps.index(state.global_step))
+
+    def _measure_answers(self, next_iteration: int):
+        # The answers of the next opponent to held-out prompts: they are committed, and its game will use them
+        trainer, training = self.trainer, self.trainer.model.training
+        names = [name for name in trainer.games if name != "train"]
+        pairs = self._answer_games(names, next_iteration, self._request(next_iteration))
+        trainer.model.eval()  # `log` would add the metrics of training
+        trainer.log(self._answer_metrics(pairs))
+        trainer.model.train(training)
 
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if state.global_step in self.trainer.iteration_steps[1:]:
-            self.keep(self.trainer.iteration_steps.index(state.global_step) - 1)
+            last = self.trainer.iteration_steps.index(state.global_step) - 1
+            self.keep(last)
+            if not self.trainer.stop_signal.signum:
+                self.show(last + 1)
+                self.finish(last)
+            self.write_history()
+            if args.write_report and self.trainer.is_world_process_zero():
+                self.report()
         elif not self.trainer.stop_signal.signum:
             logger.warning(
                 f"Training ended at step {state.global_step}, in the middle of iteration "
@@ -155,7 +182,7 @@ class SelfPlayCallback(TrainerCallback):
     def rehearse(self):
         """
         Sends the longest and the shortest row through generation, scoring and the loss of a training step, with a few
-        tokens. It leaves no trace: random state and metrics are as before.
+        tokens, and chooses the layout of the batches. Random state and metrics are as before.
         """
         trainer, args = self.trainer, copy.copy(self.trainer.args)
         args.max_completion_length = min(args.max_completion_length, _REHEARSAL_TOKENS)
@@ -168,6 +195,8 @@ class SelfPlayCallback(TrainerCallback):
         num_tokens, training = trainer._total_train_tokens, trainer.model_wrapped.training
         with torch.random.fork_rng(**fork), torch.no_grad():
             pairs = self._answer("train", rows, 0, args, desc="Rehearsal")
+            trainer.model_wrapped.eval()
+            trainer.choose_layout([GameDataset.serve(pair) for pair in pairs])
             logps = self._score("train", pairs, args)
             pairs = with_logps(with_logps(pairs, "ref", logps), "base", logps)
             trainer.begin_iteration(0)
@@ -251,17 +280,30 @@ class SelfPlayCallback(TrainerCallback):
         trainer, args = self.trainer, self.trainer.args
         start = time.perf_counter()
         self.num_generated = 0
+        pairs = self._answer_games(list(trainer.games), iteration, request)
+        clear_device_cache()
+        self.generation_time = time.perf_counter() - start
+        _check_played(pairs["train"], trainer._tokenizer, iteration)
+
+        for opponent in range(iteration - 1, max(-1, iteration - 1 - args.opponent_history), -1):
+            earlier = on_main_process(trainer.accelerator, load_game, args.output_dir, opponent)["train"]
+            # The first of its opponents is the one that answered at the time
+            earlier = earlier.select(range(len(trainer.games["train"])))
+            pairs["train"] = concatenate_datasets([pairs["train"], earlier])
+        return pairs
+
+    def _answer_games(self, names: list[str], iteration: int, request: dict[str, Any]) -> dict[str, Dataset]:
+        trainer, args = self.trainer, self.trainer.args
         request_hash = _hash(request)
         directory = iteration_dir(args.output_dir, iteration) / f"answers-{request_hash[:16]}"
-        answered = on_main_process(
-            trainer.accelerator, read_answers, args.output_dir, iteration, request_hash, list(trainer.games)
-        )
+        answered = on_main_process(trainer.accelerator, read_answers, args.output_dir, iteration, request_hash, names)
         pairs = {}
-        for name, game in trainer.games.items():
-            if answered[name]:
+        for name in names:
+            game = trainer.games[name]
+            if answered[name] and name == "train":
                 logger.warning(
-                    f"Iteration {iteration}: {len(answered[name])} of {len(game)} {name} prompts were answered before "
-                    "the run was stopped. Their answers are used."
+                    f"Iteration {iteration}: {len(answered[name])} of {len(game)} {name} prompts have been answered "
+                    "already. Their answers are used."
                 )
 
             def commit(answers: list[tuple[int, dict]], name=name):
@@ -272,15 +314,6 @@ class SelfPlayCallback(TrainerCallback):
 
             desc = f"Iteration {iteration}: answering {name} prompts"
             pairs[name] = self._answer(name, game.rows, iteration, args, desc, answered[name], commit)
-        clear_device_cache()
-        self.generation_time = time.perf_counter() - start
-        _check_played(pairs["train"], trainer._tokenizer, iteration)
-
-        for opponent in range(iteration - 1, max(-1, iteration - 1 - args.opponent_history), -1):
-            earlier = on_main_process(trainer.accelerator, load_game, args.output_dir, opponent)["train"]
-            # The first of its opponents is the one that answered at the time
-            earlier = earlier.select(range(len(trainer.games["train"])))
-            pairs["train"] = concatenate_datasets([pairs["train"], earlier])
         return pairs
 
     def _answer(
@@ -377,13 +410,9 @@ class SelfPlayCallback(TrainerCallback):
     def _score(self, name: str, pairs: Dataset, args: SPINConfig) -> list[tuple[float, float]]:
         trainer = self.trainer
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
-        lengths = [
-            len(prompt) + max(len(real), len(generated))
-            for prompt, real, generated in zip(
-                pairs["prompt_ids"], pairs["real_ids"], pairs["generated_ids"], strict=True
-            )
-        ]
-        batches = length_sorted_batches(lengths, lambda longest: batch_size)
+        lengths = pair_lengths(pairs).tolist()
+        # No activations are kept, so shorter rows may come in larger numbers, up to the tokens of the first batch
+        batches = length_sorted_batches(lengths, lambda longest: batch_size * max(lengths) // longest)
 
         def score_batch(batch: list[int]) -> list[tuple[float, float]]:
             rows = [GameDataset.serve(pairs[i]) for i in batch]
@@ -430,14 +459,28 @@ class SelfPlayCallback(TrainerCallback):
             "self_play/scoring_time": self.scoring_time,
             "self_play/generated_tokens_per_second": self.num_generated / self.generation_time,
         }
+        games = {}
         for name, dataset in pairs.items():
-            prefix = {"train": "", "eval": "eval_"}.get(name, f"eval_{name}_") + "self_play/"
+            prefix = _prefix(name) + "self_play/"
             newest = dataset.select(range(len(trainer.games[name])))
-            metrics |= {prefix + key: value for key, value in _describe(newest).items()}
+            games[name] = describe_game(newest)
+            metrics |= {prefix + key: value for key, value in games[name].items()}
             metrics[f"{prefix}left_out"] = sum(trainer.left_out[name].values())
+            if args.log_completions:
+                self._write(self._log_completions, name, iteration, newest)
         for age in range(len(pairs["train"]) // len(trainer.games["train"])):
             metrics[f"self_play/opponent_age_{age}"] = len(trainer.games["train"]) / len(pairs["train"])
-        _warn_about(metrics, iteration)
+        metrics |= self._answer_metrics(pairs)
+        if iteration == 0:
+            self._value(-1, metrics)  # so that a name that does not exist fails now
+        # On held-out pairs, if there are any: on the others, the model may know the real answers by heart
+        name = next((name for name in games if name != "train"), "train")
+        earlier = read_manifest(args.output_dir, iteration - 1) if iteration else None
+        warnings = find_warnings(
+            games[name], earlier and _with_prefix(earlier["metrics"], _prefix(name) + "self_play/")
+        )
+        for warning in warnings:
+            logger.warning(f"Iteration {iteration}: {warning}")
         manifest = {
             "request": _hash(request),
             **request,
@@ -447,10 +490,41 @@ class SelfPlayCallback(TrainerCallback):
             },
             "left_out": trainer.left_out,
             "metrics": metrics,
+            "warnings": warnings,
             "versions": library_versions(),
         }
         self._write(store_game, args.output_dir, iteration, pairs, manifest)
         trainer.log(dict(metrics))
+
+    def _log_completions(self, name: str, iteration: int, pairs: Dataset):
+        args, decode = self.trainer.args, self._decode
+        table = pandas.DataFrame(
+            {
+                "step": self.trainer.state.global_step,
+                "iteration": iteration,
+                "row": pairs["row"],
+                "prompt": decode(pairs["prompt_ids"]),
+                "real": decode(pairs["real_ids"]),
+                "generated": decode(pairs["generated_ids"]),
+            }
+        )
+        with atomic_open(Path(args.output_dir) / "completions" / f"{name}-{iteration:05d}.parquet") as file:
+            table.to_parquet(file)
+        for backend in {"wandb", "trackio"} & set(args.report_to):
+            tracker = importlib.import_module(backend)
+            tracker.log({f"completions/{name}": tracker.Table(dataframe=table)})
+
+    def _decode(self, ids: list[list[int]]) -> list[str]:
+        return self.trainer._tokenizer.batch_decode(list(ids), skip_special_tokens=True)
+
+    def _answer_metrics(self, pairs: dict[str, Dataset]) -> dict[str, float]:
+        """What the user's function says of the answers to held-out prompts."""
+        metrics = {}
+        for name in pairs.keys() - {"train"} if self.trainer.compute_answer_metrics is not None else ():
+            texts = (self._decode(pairs[name][f"{part}_ids"]) for part in ("prompt", "generated", "real"))
+            for key, value in self.trainer.compute_answer_metrics(*texts).items():
+                metrics[f"{_prefix(name)}answers/{key}"] = float(value)
+        return metrics
 
     def swap(self, iteration: int, pairs: dict[str, Dataset]):
         """
@@ -472,7 +546,150 @@ class SelfPlayCallback(TrainerCallback):
                 game.proto_ids = first[name]["generated_ids"][: len(game)]
         trainer.begin_iteration(iteration)
 
+    def show(self, iteration: int):
+        """
+        Shows the iterations so far, and the answers to a few fixed prompts beside those of the earlier opponents. They
+        are sampled with the same seeds in every iteration, so that only the model differs.
+
+        Args:
+            iteration (`int`):
+                Self-play iteration that begins, or the number of iterations at the end of the game.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        path = iteration_dir(args.output_dir, iteration) / PROBES
+        if args.num_probes and not on_main_process(trainer.accelerator, path.is_file):
+            name = next((name for name in trainer.games if name != "train"), "train")
+            rows = trainer.games[name].rows
+            rows = rows.select(range(min(args.num_probes, len(rows))))
+            pairs = self._answer(f"{name} probes", rows, -1, args, desc="Probes")
+            parts = [self._decode(pairs[f"{part}_ids"]) for part in ("prompt", "real", "generated")]
+            probes = [
+                dict(zip(("row", "prompt", "real", "generated"), values, strict=True))
+                for values in zip(pairs["row"], *parts, strict=True)
+            ]
+            self._write(_write_json, path, probes)
+        if trainer.is_world_process_zero():
+            records = read_records(args.output_dir, iteration)
+            if records:
+                # One column per iteration: there are fewer of them than numbers
+                show_table("Self-play so far", [list(row) for row in zip(*iteration_rows(records), strict=True)])
+            if args.num_probes:
+                show_table("Probes", self._probe_rows(iteration))
+
+    def _probe_rows(self, iteration: int) -> list[list[str]]:
+        models = {"start": 0} | {f"iteration {t}": t + 1 for t in range(iteration)}
+        probes = {}
+        for model, t in models.items():
+            path = iteration_dir(self.trainer.args.output_dir, t) / PROBES
+            if path.is_file():
+                probes[model] = {probe["row"]: probe for probe in json.loads(path.read_text(encoding="utf-8"))}
+        newest = list(probes.values())[-1]
+        rows = [["prompt", "real answer", *probes]]
+        for row, probe in newest.items():
+            answers = [by_row[row]["generated"] if row in by_row else "" for by_row in probes.values()]
+            rows.append([shorten(text) for text in (probe["prompt"], probe["real"], *answers)])
+        return rows
+
     # ---- The end of an iteration ----
+
+    def on_evaluate(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if not args.early_stopping or state.global_step not in self.trainer.iteration_steps[1:]:
+            return
+        iteration = self.trainer.iteration_steps.index(state.global_step) - 1
+        logs = self._last_logs(iteration)
+        if args.metric_for_best_iteration not in logs:
+            return  # of another evaluation set
+        fine, verdict = self._judge(iteration, logs)
+        prefix = args.metric_for_best_iteration.removesuffix("nll/real").split("answers/")[0]
+        low, high = (logs[f"{prefix}rewards/accuracies_{end}"] for end in ("low", "high"))
+        if not fine:
+            reason = f"iteration {iteration} hurt ({verdict})"
+        elif low <= 0.5:
+            reason = (
+                f"held-out real and generated answers can no longer be told apart (accuracy between {low:.3f} and "
+                f"{high:.3f})"
+            )
+        else:
+            return
+        if iteration + 1 < args.num_self_play_iterations:
+            logger.warning(f"The game ends after iteration {iteration}: {reason}.")
+            control.should_training_stop = True
+
+    def _value(self, iteration: int, metrics: dict[str, float]) -> float | None:
+        """What compares iterations, of the model of an iteration (-1: the model that self-play starts from)."""
+        args = self.trainer.args
+        name = args.metric_for_best_iteration
+        key = name.replace("nll/real", "self_play/nll_real") if iteration == -1 else name
+        if key not in metrics and (args.early_stopping or args.load_best_iteration_at_end):
+            known = sorted(key.replace("self_play/nll_real", "nll/real") for key in metrics if key.startswith("eval_"))
+            known = [key for key in known if key.endswith("nll/real") or "answers/" in key]
+            raise ValueError(f"`metric_for_best_iteration` is {name!r}, which is not measured. There are {known}.")
+        return metrics.get(key)
+
+    def _judge(self, iteration: int, logs: dict[str, float]) -> tuple[bool, str | None]:
+        name = self.trainer.args.metric_for_best_iteration
+        before, after = self._values(iteration - 1).get(iteration - 1), self._value(iteration, logs)
+        if before is None or after is None:
+            return True, None
+        return judge(before, after, name, greater_is_better="answers/" in name)
+
+    def _values(self, last: int) -> dict[int, float | None]:
+        """Values of the model that self-play started from, and of the finished iterations whose folders are there."""
+        output_dir = self.trainer.args.output_dir
+        manifest = read_manifest(output_dir, 0)
+        values = {-1: None if manifest is None else self._value(-1, manifest["metrics"])}
+        return values | {r["iteration"]: self._value(r["iteration"], r) for r in read_records(output_dir, last + 1)}
+
+    def finish(self, last: int):
+        """
+        Ends the game: says whether its last model is better than the one it began with, and returns to the best if asked.
+
+        Args:
+            last (`int`):
+                Last iteration that was played.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        values = {t: value for t, value in self._values(last).items() if value is not None}
+        if last not in values:
+            return
+        best = (max if "answers/" in args.metric_for_best_iteration else min)(values, key=values.get)
+        if best != last:
+            name = "the model that self-play started from" if best == -1 else f"iteration {best}'s"
+            logger.warning(
+                f"The last model is not the best one: `{args.metric_for_best_iteration}` is {values[last]:.4g} for it, and "
+                f"{values[best]:.4g} for {name}."
+            )
+        if args.load_best_iteration_at_end:
+            if best == -1:
+                trainer.load_base_weights()
+            elif best != last:
+                trainer._load_from_checkpoint(str(Path(args.output_dir) / f"iteration-{best}"))
+            trainer.log({"self_play/best_iteration": best})
+
+    def write_history(self):
+        """Keeps what was logged so far beside the games, for the report."""
+        self._write(
+            _write_json, Path(self.trainer.args.output_dir) / "self_play" / HISTORY, self.trainer.state.log_history
+        )
+
+    def report(self):
+        """Writes the report, where matplotlib is installed. A fault in it does not undo the training."""
+        if importlib.util.find_spec("matplotlib") is None:
+            logger.info("No report is written: `pip install trl-spin[report]` brings what it needs.")
+            return
+        from .report import write_report
+
+        try:
+            path = write_report(self.trainer.args.output_dir)
+        except Exception as error:
+            logger.warning(
+                f"The report could not be written ({type(error).__name__}: {error}). The models are intact."
+            )
+        else:
+            tqdm.write(f"Report: {path}")
+
+    def on_save(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        self.write_history()
 
     def keep(self, iteration: int):
         """
@@ -488,12 +705,14 @@ class SelfPlayCallback(TrainerCallback):
         with explain_write_error(directory):
             trainer.save_model(str(directory))
         if trainer.is_world_process_zero():
-            game = read_manifest(args.output_dir, iteration)["metrics"]
+            manifest = read_manifest(args.output_dir, iteration)
             settings = {
                 name: args.per_iteration(name)[iteration] for name in ("beta", "learning_rate", "num_train_epochs")
             }
-            record = {"iteration": iteration, **game, **self._last_logs(iteration), **settings}
-            (directory / RECORD).write_text(json.dumps(record, indent=2))
+            logs = self._last_logs(iteration)
+            record = {"iteration": iteration, **manifest["metrics"], **logs, **settings}
+            record |= {"warnings": manifest["warnings"], "verdict": self._judge(iteration, logs)[1]}
+            _write_json(directory / RECORD, record)
             name = args.hub_model_id or Path(args.output_dir).name
             trainer.create_model_card(model_name=f"{name.split('/')[-1]}-iteration-{iteration}")
             shutil.copy(Path(args.output_dir) / "README.md", directory / "README.md")
@@ -513,25 +732,23 @@ def _hash(request: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-def _describe(pairs: Dataset) -> dict[str, float]:
-    """Lengths, shares and likelihoods of a game, per answer or per token."""
+def _write_json(path: Path, content: Any):
+    with atomic_open(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
 
-    def mean(values) -> float:
-        values = list(values)
-        return sum(values) / len(values)
 
-    num_real, num_generated = (sum(map(len, pairs[f"{side}_ids"])) for side in ("real", "generated"))
-    return {
-        "mean_length_real": num_real / len(pairs),
-        "mean_length_generated": num_generated / len(pairs),
-        "distinct_real": len(set(map(tuple, pairs["real_ids"]))) / len(pairs),
-        "distinct_generated": len(set(map(tuple, pairs["generated_ids"]))) / len(pairs),
-        "truncated": mean(pairs["truncated"]),
-        "empty": mean(pairs["empty"]),
-        "identical": mean(pairs["identical"]),
-        "played": mean(pairs["played"]),
-        "nll_real": -sum(pairs["ref_real_logps"]) / num_real,
-    }
+def _prefix(name: str) -> str:
+    """What stands before the metrics of a dataset."""
+    return {"train": "", "eval": "eval_"}.get(name, f"eval_{name}_")
+
+
+def _with_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+
+
+def shorten(text: str, width: int = 300) -> str:
+    """The beginning of a text."""
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _check_played(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, iteration: int):
@@ -548,23 +765,3 @@ def _check_played(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, iteration:
         "`truncated_completions='drop'`: raise `max_completion_length`, or check that the model was fine-tuned to end "
         "its answers. Identical ones: the model has learned the data by heart, or `temperature` is 0."
     )
-
-
-def _warn_about(metrics: dict[str, float], iteration: int):
-    remedies = {
-        "truncated": "Raise `max_completion_length`, or check that the model was fine-tuned to end its answers: "
-        "otherwise real and generated answers differ by their length above all.",
-        "empty": "Is the chat template the one the model was fine-tuned with?",
-        "identical": "The model has learned the data by heart, and there is little to learn from.",
-    }
-    for kind, remedy in remedies.items():
-        if metrics[f"self_play/{kind}"] > 0.5:
-            logger.warning(
-                f"Iteration {iteration}: {metrics[f'self_play/{kind}']:.0%} of the generated answers are {kind}. {remedy}"
-            )
-    if metrics["self_play/distinct_generated"] < 0.5 * metrics["self_play/distinct_real"]:
-        logger.warning(
-            f"Iteration {iteration}: {metrics['self_play/distinct_generated']:.0%} of the generated answers are distinct, "
-            f"but {metrics['self_play/distinct_real']:.0%} of the real ones. The model repeats itself: lower the learning "
-            "rate or raise `beta`, and look at the answers."
-        )

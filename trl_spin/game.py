@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute
 import pyarrow.parquet
 import torch
@@ -83,19 +84,33 @@ class GameDataset(torch.utils.data.Dataset):
         self.fingerprint = fingerprint(rows)
         self.pairs: list[Dataset] = []  # one dataset per opponent, the newest first
         self.proto_ids = None  # the answers of iteration 0, where the objective needs them
+        self.epoch = 0
         self.turn = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        self._check_started()
+        row = self.serve(self.pairs[(index + self.turn) % len(self.pairs)][index])
+        return row if self.proto_ids is None else row | {"proto_ids": self.proto_ids[index]}
+
+    def _check_started(self):
         if not self.pairs:
             raise ValueError(
                 f"The game on the {self.name} dataset has not started: the opponent answers the prompts when `train()` "
                 "opens an iteration. Call `train()` before `evaluate()`."
             )
-        row = self.serve(self.pairs[(index + self.turn) % len(self.pairs)][index])
-        return row if self.proto_ids is None else row | {"proto_ids": self.proto_ids[index]}
+
+    def lengths(self) -> np.ndarray:
+        """
+        Returns:
+            `np.ndarray`: Tokens of each row in this turn: prompt, real and generated answer.
+        """
+        self._check_started()
+        by_opponent = [pair_lengths(pairs) for pairs in self.pairs]
+        rows = np.arange(len(self))
+        return np.stack(by_opponent)[(rows + self.turn) % len(by_opponent), rows]
 
     @staticmethod
     def serve(pair: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +161,25 @@ class GameDataset(torch.utils.data.Dataset):
                         "prompts). Did the dataset, the tokenizer or its chat template change? Use a new `output_dir`."
                     )
         self.pairs = by_opponent
+
+
+def pair_lengths(pairs: Dataset) -> np.ndarray:
+    """
+    Unique tokens of pairs.
+
+    Args:
+        pairs ([`~datasets.Dataset`]):
+            Pairs.
+
+    Returns:
+        `np.ndarray`: Tokens of prompt, real and generated answer together, one number per pair.
+    """
+    columns = pairs.with_format("arrow")
+    prompt, real, generated = (
+        pyarrow.compute.list_value_length(columns[f"{column}_ids"]).to_numpy()
+        for column in ("prompt", "real", "generated")
+    )
+    return prompt + real + np.where(columns["played"].to_numpy(), generated, real)
 
 
 class GameCollator:

@@ -55,23 +55,20 @@ def read_records(output_dir: str, num_iterations: int) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
-def iteration_table(records: list[dict[str, Any]]) -> str:
+def iteration_rows(records: list[dict[str, Any]]) -> list[list[str]]:
     """
-    Markdown table of the iterations.
+    Table of the iterations.
 
     Args:
         records (`list[dict[str, Any]]`):
             Settings and metrics, one flat dict per iteration.
 
     Returns:
-        `str`: Table with the columns that have a value.
+        `list[list[str]]`: Cells: titles, then one row per iteration, of the columns that have a value.
     """
     columns = {title: key for title, key in _COLUMNS.items() if any(key in record for record in records)}
-    lines = [" | ".join(columns), " | ".join("---:" for _ in columns)]
-    for record in records:
-        values = (record.get(key) for key in columns.values())
-        lines.append(" | ".join("" if v is None else f"{v:.4g}" for v in values))
-    return "\n".join(f"| {line} |" for line in lines)
+    cells = [["" if key not in record else f"{record[key]:.4g}" for key in columns.values()] for record in records]
+    return [list(columns), *cells]
 
 
 def add_self_play_section(
@@ -125,7 +122,9 @@ def add_self_play_section(
         "",
     ]
     if records:
-        section += [iteration_table(records), ""]
+        titles, *rows = iteration_rows(records)
+        lines = [titles, ["---:"] * len(titles), *rows]
+        section += [*(f"| {' | '.join(line)} |" for line in lines), ""]
     heading = "### Framework versions"
     before, found, after = card.partition(heading)
     return before + "\n".join(section) + "\n" + found + after

@@ -68,6 +68,14 @@ _FREE_OPTIONS = {
     *("activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "ds3_gather_for_generation"),
     *("generation_token_budget", "precompute_ref_batch_size"),
+    *(
+        "num_probes",
+        "log_completions",
+        "write_report",
+        "early_stopping",
+        "load_best_iteration_at_end",
+        "metric_for_best_iteration",
+    ),
     # Compared iteration by iteration, or through the rows that come out
     *("num_self_play_iterations", "messages_column", "prompt_column", "completion_column"),
 }

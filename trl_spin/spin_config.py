@@ -55,7 +55,7 @@ _FIXED_OPTIONS = {
     "load_best_model_at_end": (
         False,
         "each iteration plays against another opponent, so its evaluation losses cannot be compared; each iteration's "
-        "model is kept in `output_dir/iteration-<t>`",
+        "model is kept in `output_dir/iteration-<t>`, and `load_best_iteration_at_end` compares them by a number that can",
     ),
 }
 
@@ -100,6 +100,21 @@ class SPINConfig(DPOConfig):
             point, so the log-ratio of an answer must be 0: it may deviate, in the mean of the first batch, by this many
             nats times the square root of the answer's length, as rounding errors do. Anything more means a wrong
             reference, and the run stops. Defaults to `1e-3` in float32 and to `0.1` in mixed or half precision.
+        early_stopping (`bool`, *optional*, defaults to `False`):
+            Whether to end the game at the end of an iteration if held-out real and fresh generated answers can no longer
+            be told apart (the 95% interval of the accuracy covers one half), or if `metric_for_best_iteration` says that
+            the iteration hurt.
+        load_best_iteration_at_end (`bool`, *optional*, defaults to `False`):
+            Whether to end with the best model by `metric_for_best_iteration`, which may be the one that self-play
+            started from.
+        metric_for_best_iteration (`str`, *optional*, defaults to `"eval_nll/real"`):
+            Number that compares iterations: `"eval_nll/real"`, the negative log-likelihood of held-out real answers, or
+            `"eval_answers/<name>"` for a number of `compute_answer_metrics`. With several evaluation sets,
+            `"eval_<dataset>_nll/real"` and so on. Likelihoods are better when lower, answers when higher.
+        share_prefix (`bool`, *optional*, defaults to `True`):
+            Whether the two answers of a pair go through the model in one row, so that their prompt is computed once.
+            Results are the same up to rounding. Models for which they are not are found out at the start, and keep
+            [`~trl.DPOTrainer`]'s layout of two padded rows, as all do with `False`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to stop after the preflight: the plan is printed, and two rows have gone through generation, scoring
             and the loss.
@@ -136,6 +151,9 @@ class SPINConfig(DPOConfig):
             is the real answer and everything before it is the prompt.
         max_prompts (`int`, *optional*):
             If set, play on a random subset of this many training rows, drawn with `seed`.
+        held_out_size (`int`, *optional*, defaults to `0`):
+            Number of training rows to hold out, drawn with `seed`, if there is no `eval_dataset`. Numbers on training
+            pairs soon tell what was learned by heart.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Additional keyword arguments for the chat template, for generation and training alike. A
             `chat_template_kwargs` column in the dataset goes before.
@@ -171,6 +189,18 @@ class SPINConfig(DPOConfig):
         play_empty_completions (`bool`, *optional*, defaults to `False`):
             Whether pairs with an empty generated answer take part. They are counted in either case.
 
+        > Parameters that control the logging
+
+        num_probes (`int`, *optional*, defaults to `3`):
+            Number of prompts, held out if there are any, whose answers are shown at each iteration beside the earlier
+            ones, sampled with the same seeds.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to write prompts, real and generated answers of each iteration as text, to Parquet files in
+            `output_dir/completions`, and to `wandb` and `trackio` if they are in `report_to`.
+        write_report (`bool`, *optional*, defaults to `True`):
+            Whether to write `output_dir/report/report.html` at the end of training, if `matplotlib` is installed.
+            `trl-spin report OUTPUT_DIR` does it at any time.
+
     > [!NOTE]
     > These parameters have default values different from [`~trl.DPOConfig`]:
     > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`.
@@ -178,6 +208,8 @@ class SPINConfig(DPOConfig):
     > - `beta`: Defaults to `1.0` instead of `0.1`.
     > - `precompute_ref_log_probs`: `True`, the only value that SPIN accepts.
     > - `hub_strategy`: `"end"`, the only value that SPIN accepts.
+    > - `train_sampling_strategy`: `"group_by_length"` instead of `"random"`: pairs of similar length share a batch, in
+    >   an order that is random all the same, and the longest come first. `"random"` and `"sequential"` pad more.
     > - `save_total_limit`: Defaults to `2` instead of `None`. The checkpoint at which the current iteration began is
     >   kept beside them, and `0` keeps all.
     """
@@ -215,6 +247,15 @@ class SPINConfig(DPOConfig):
     hub_strategy: HubStrategy | str = field(
         default="end",
         metadata={"help": "Always `'end'`: the model is pushed when training has ended."},
+    )
+
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the pairs in training. `'group_by_length'` puts pairs of similar length into the same batch, "
+            "in an order that is random all the same, the longest first. `'random'` and `'sequential'` pad more.",
+            "choices": ["random", "sequential", "group_by_length"],
+        },
     )
 
     save_total_limit: int | None = field(
@@ -296,6 +337,37 @@ class SPINConfig(DPOConfig):
         },
     )
 
+    early_stopping: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to end the game at the end of an iteration if held-out real and fresh generated answers can no "
+            "longer be told apart (the 95%% interval of the accuracy covers one half), or if "
+            "`metric_for_best_iteration` says that the iteration hurt."
+        },
+    )
+    load_best_iteration_at_end: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to end with the best model by `metric_for_best_iteration`, which may be the one that "
+            "self-play started from."
+        },
+    )
+    metric_for_best_iteration: str = field(
+        default="eval_nll/real",
+        metadata={
+            "help": 'Number that compares iterations: `"eval_nll/real"`, the negative log-likelihood of held-out real '
+            'answers, or `"eval_answers/<name>"` for a number of `compute_answer_metrics`. With several evaluation sets, '
+            '`"eval_<dataset>_nll/real"` and so on. Likelihoods are better when lower, answers when higher.'
+        },
+    )
+    share_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the two answers of a pair go through the model in one row, so that their prompt is computed "
+            "once. Results are the same up to rounding. Models for which they are not are found out at the start, and "
+            "keep `DPOTrainer`'s layout of two padded rows, as all do with `False`."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={
@@ -328,6 +400,13 @@ class SPINConfig(DPOConfig):
     max_prompts: int | None = field(
         default=None,
         metadata={"help": "If set, play on a random subset of this many training rows, drawn with `seed`."},
+    )
+    held_out_size: int = field(
+        default=0,
+        metadata={
+            "help": "Number of training rows to hold out, drawn with `seed`, if there is no `eval_dataset`. Numbers on "
+            "training pairs soon tell what was learned by heart."
+        },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -404,6 +483,29 @@ class SPINConfig(DPOConfig):
         metadata={"help": "Whether pairs with an empty generated answer take part. They are counted in either case."},
     )
 
+    # Parameters that control the logging
+    num_probes: int = field(
+        default=3,
+        metadata={
+            "help": "Number of prompts, held out if there are any, whose answers are shown at each iteration beside the "
+            "earlier ones, sampled with the same seeds."
+        },
+    )
+    log_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to write prompts, real and generated answers of each iteration as text, to Parquet files in "
+            "`output_dir/completions`, and to `wandb` and `trackio` if they are in `report_to`."
+        },
+    )
+    write_report: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to write `output_dir/report/report.html` at the end of training, if `matplotlib` is "
+            "installed. `trl-spin report OUTPUT_DIR` does it at any time."
+        },
+    )
+
     def __post_init__(self):
         if self.num_self_play_iterations < 1:
             raise ValueError(
@@ -438,6 +540,14 @@ class SPINConfig(DPOConfig):
         for name in ("max_completion_length", "generation_token_budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("held_out_size", "num_probes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be 0 (none) or more, got {getattr(self, name)}.")
+        if self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
+            raise ValueError(
+                "`train_sampling_strategy` must be 'random', 'sequential' or 'group_by_length', got "
+                f"{self.train_sampling_strategy!r}: self-play counts pairs per batch."
+            )
         if self.opponent_history < 0:
             raise ValueError(f"`opponent_history` must be 0 (plain SPIN) or more, got {self.opponent_history}.")
         self._check_objective()

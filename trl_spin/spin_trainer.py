@@ -24,6 +24,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,13 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
 from .callbacks import DryRun, SelfPlayCallback
 from .data import find_end_token_ids, prepare_dataset
 from .game import GAME_COLUMNS, GameCollator, GameDataset, atomic_open
+from .layout import LengthGroupedSampler, forward_shared, supports_shared_prefix
 from .model_card import add_self_play_section, read_records
 from .objectives import MARGIN_LOSSES, OBJECTIVES, mix_reference, t_spin
 from .resume import (
@@ -69,6 +72,7 @@ from .resume import (
     run_settings,
     weights_fingerprint,
 )
+from .signals import proportion_interval
 from .spin_config import TRL_LOSSES, SPINConfig
 
 
@@ -147,6 +151,10 @@ class SPINTrainer(DPOTrainer):
             See [`~trl.DPOTrainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             See [`~trl.DPOTrainer`]. Opponent and reference of iteration t are the model with its adapter of that time.
+        compute_answer_metrics (`Callable`, *optional*):
+            Function of held-out prompts, generated and real answers (three lists of texts without special tokens) that
+            returns numbers by name, better when higher, such as the share of exact matches. They are logged as
+            `eval_answers/<name>`: of the model that self-play starts from, and of each iteration's.
     """
 
     _tag_names = ["trl", "spin"]
@@ -179,6 +187,7 @@ class SPINTrainer(DPOTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        compute_answer_metrics: Callable[[list[str], list[str], list[str]], dict[str, float]] | None = None,
     ):
         if ref_model is not None:
             raise ValueError(
@@ -198,11 +207,39 @@ class SPINTrainer(DPOTrainer):
             )
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: the SFT data whose answers the model learns to prefer.")
+        # Rows of the dataset that are used, if not all of them
+        self._subsets: dict[str, list[int]] = {}
+        if eval_dataset is None and args.held_out_size:
+            if isinstance(train_dataset, Dataset) and args.held_out_size >= len(train_dataset):
+                raise ValueError(
+                    f"`held_out_size` ({args.held_out_size}) leaves nothing of the {len(train_dataset)} training rows."
+                )
+            eval_dataset = train_dataset
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         if "train" in eval_datasets:
             raise ValueError("An evaluation dataset cannot be called 'train'. Rename it in `eval_dataset`.")
         for name, dataset in {"train": train_dataset, **eval_datasets}.items():
             _check_dataset(dataset, name)
+        if eval_dataset is train_dataset and args.held_out_size:
+            shuffled = random.Random(args.seed).sample(range(len(train_dataset)), len(train_dataset))
+            self._subsets = {
+                "eval": sorted(shuffled[: args.held_out_size]),
+                "train": sorted(shuffled[args.held_out_size :]),
+            }
+        if args.max_prompts is not None:
+            rows = self._subsets.get("train", range(len(train_dataset)))
+            if args.max_prompts < len(rows):
+                self._subsets["train"] = random.Random(args.seed).sample(rows, args.max_prompts)
+        for option in ("early_stopping", "load_best_iteration_at_end"):
+            if getattr(args, option) and eval_dataset is None:
+                raise ValueError(
+                    f"`{option}=True` needs held-out prompts: pass an `eval_dataset`, or set `held_out_size`."
+                )
+        if compute_answer_metrics is not None and eval_dataset is None:
+            raise ValueError(
+                "`compute_answer_metrics` needs held-out prompts: pass an `eval_dataset`, or set `held_out_size`."
+            )
+        self.compute_answer_metrics = compute_answer_metrics
         if not isinstance(model, str):
             _check_forward(model)
         # Kept for the model card: what a saved iteration goes back to
@@ -253,7 +290,9 @@ class SPINTrainer(DPOTrainer):
         self.self_play_iteration = 0
         self._skip_unplayed = False
         self._check_next_loss = False
-        self._real_nll = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # summed log-probs and tokens of the real answers
+        self._eval_margins: list[float] = []
+        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}  # over tokens, since the last log
+        self._shares_prefix = False
         self.add_callback(SelfPlayCallback(self))
         self.stop_signal = StopSignal(self.accelerator)
         self._start_fingerprint = weights_fingerprint(self.accelerator, self.model)
@@ -282,16 +321,32 @@ class SPINTrainer(DPOTrainer):
             context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             lengths = [length for length in (self.args.max_length, context) if length is not None]
             self.max_length = min(lengths) if lengths else None
-        subset = None
-        if name == "train" and self.args.max_prompts is not None and self.args.max_prompts < len(dataset):
-            subset = random.Random(self.args.seed).sample(range(len(dataset)), self.args.max_prompts)
         with self.args.main_process_first(desc=f"Tokenizing {name} dataset"):
             rows, left_out = prepare_dataset(
-                dataset, name, self._tokenizer, self.args, self.end_token_ids, self.max_length, subset
+                dataset,
+                name,
+                self._tokenizer,
+                self.args,
+                self.end_token_ids,
+                self.max_length,
+                self._subsets.get(name),
             )
         self.left_out[name] = dict(left_out)
         self.games[name] = GameDataset(name, rows)
         return self.games[name]
+
+    def _get_train_sampler(self, train_dataset=None):
+        # The Trainer's own grouping finds no lengths in the rows, and would keep those of the first game (trl 1.16)
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        args, game = self.args, self.games["train"]
+        step_size = args.train_batch_size * self.accelerator.num_processes
+        return LengthGroupedSampler(game, step_size, args.seed if args.data_seed is None else args.data_seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return LengthGroupedSampler(eval_dataset, self.args.eval_batch_size * self.accelerator.num_processes, seed=0)
 
     def data_settings(self) -> dict[str, Any]:
         """
@@ -547,8 +602,8 @@ class SPINTrainer(DPOTrainer):
         """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                f"`reference_alpha={self.args.reference_alpha}` exchanges the model's weights in place, which DeepSpeed "
-                "and FSDP do not allow. Leave it at 1.0, or train with plain data parallelism."
+                "`reference_alpha` below 1 and `load_best_iteration_at_end` exchange the model's weights in place, which "
+                "DeepSpeed and FSDP do not allow. Leave them unset, or train with plain data parallelism."
             )
 
         def write():
@@ -559,15 +614,19 @@ class SPINTrainer(DPOTrainer):
         with explain_write_error(Path(self.args.output_dir)):
             on_main_process(self.accelerator, write)
 
+    def load_base_weights(self):
+        """Returns to the model that self-play started from."""
+        base = safetensors.torch.load_file(self._base_file)
+        for name, p in self._trained_weights().items():
+            p.copy_(base[name])
+
     @contextmanager
     def base_weights(self):
         """The model that self-play started from, in the place of the model. Its own weights wait in the main memory."""
         weights = self._trained_weights()
         own = {name: p.to("cpu", copy=True) for name, p in weights.items()}
-        base = safetensors.torch.load_file(self._base_file)
         try:
-            for name, p in weights.items():
-                p.copy_(base[name])
+            self.load_base_weights()
             yield
         finally:
             for name, p in weights.items():
@@ -575,14 +634,87 @@ class SPINTrainer(DPOTrainer):
 
     # ---- Loss and metrics ----
 
+    def choose_layout(self, rows: list[dict[str, Any]]):
+        """
+        Settles whether a pair goes through the model as one row, with the prompt shared, or as DPOTrainer's two padded
+        ones. The shared row is for models that compute the same in both, which is tried.
+
+        Args:
+            rows (`list[dict[str, Any]]`):
+                Pairs to try it with, the same ones on all processes, see [`~game.GameDataset.serve`].
+        """
+        self._shares_prefix = False
+        if not self.args.share_prefix:
+            return
+        reason = supports_shared_prefix(self.model)
+        if type(self.data_collator.collator) is not DataCollatorForPreference:
+            reason = "`data_collator` is not TRL's, and may give the two answers different prompts"
+        elif self.aux_loss_enabled:
+            reason = "the router's auxiliary loss counts the prompt twice"
+        elif (parallelism := self.accelerator.parallelism_config) and (
+            parallelism.cp_enabled or parallelism.sp_enabled
+        ):
+            reason = "sequences are split over devices"
+        if reason is None:
+            reason = self._compare_layouts(self._prepare_inputs(self.data_collator(rows)))
+        self._shares_prefix = reason is None
+        if reason is not None:
+            logger.warning(
+                f"Prompts are computed twice for each pair, once per answer, because {reason}. The result is the same, "
+                "it takes longer. `share_prefix=False` silences this warning."
+            )
+
+    def _compare_layouts(self, inputs: dict[str, torch.Tensor]) -> str | None:
+        logps = []
+        for self._shares_prefix in (False, True):
+            try:
+                logps.append(self._reference_logps(self.model_wrapped, inputs))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if not self._shares_prefix:
+                    raise
+                return f"the model does not take rows with a shared prompt ({type(error).__name__}: {error})"
+        differences = (logps[0] - logps[1]).abs().sum(dim=1) / (logps[0] != 0).sum(dim=1).clamp(min=1)
+        difference = self.accelerator.gather(differences).max().item()
+        # Between two kernels, bfloat16 differs by some 0.01; a token that sees the other answer, by some 0.3
+        tolerance = 1e-3 if self._is_exact and torch.get_float32_matmul_precision() == "highest" else 0.1
+        if not difference <= tolerance:
+            return (
+                f"the log-probs of two pairs differ between the two layouts, by {difference:.3g} per token where "
+                f"rounding explains {tolerance}: the model's layers do not keep the answers apart"
+            )
+        return None
+
+    @property
+    def _is_exact(self) -> bool:
+        return self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
+
+    def _in_layout(self, model: nn.Module) -> Callable:
+        if not self._shares_prefix:
+            return model
+        base_model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return partial(forward_shared, model, base_model)
+
     def compute_ref_log_probs(self, model, inputs):
         """
         Summed log-probs of real and generated answers under the reference: the model as it stands, adapter included.
 
         DPOTrainer's method would disable the adapter and score with the model of iteration 0.
         """
+        return self._reference_logps(model, inputs).sum(dim=1).chunk(2, dim=0)
+
+    def _reference_logps(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad(), self.accelerator.autocast():
-            return self._sum_logps(model, inputs).chunk(2, dim=0)
+            return self._token_logps(self._in_layout(model), inputs)
+
+    def _token_logps(self, model: Callable, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probs of the answers' tokens in a batch of sequences, 0 elsewhere."""
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        model_kwargs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        outputs = model(**model_kwargs, labels=labels, use_cache=False, fused_lm_head=True)
+        # Prompt-learning PEFT prepends virtual tokens to the outputs
+        return outputs.log_probs[:, -(labels.size(1) - 1) :]
 
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
@@ -597,10 +729,10 @@ class SPINTrainer(DPOTrainer):
                 inputs[f"ref_{side}_logps"] = mix_reference(
                     inputs[f"ref_{side}_logps"], game[f"base_{side}_logps"], self.args.reference_alpha
                 )
-        seen = []
+        seen, forward_pairs = [], self._in_layout(model)
 
         def forward(**kwargs):
-            outputs = model(**kwargs)
+            outputs = forward_pairs(**kwargs)
             if not seen:
                 if mode == "train" and not self._skip_unplayed:
                     # A pair that is not played has no gradient, whatever the loss
@@ -615,7 +747,8 @@ class SPINTrainer(DPOTrainer):
         logratios = [logps[0] - inputs["ref_chosen_logps"], logps[1] - inputs["ref_rejected_logps"]]
         for name, weight in self.own_losses:
             if name == "t_spin":
-                proto_logps = self._sum_logps(model, {key[6:]: game[key] for key in game if key.startswith("proto_")})
+                proto = {key.removeprefix("proto_"): game[key] for key in game if key.startswith("proto_")}
+                proto_logps = self._token_logps(model, proto).sum(dim=1)
                 if mode == "train":
                     proto_logps = torch.where(game["played"], proto_logps, proto_logps.detach())
                 losses = t_spin(*logps, proto_logps, self.beta, self.args.t_spin_history_weight)
@@ -631,7 +764,7 @@ class SPINTrainer(DPOTrainer):
             # Same mean over the whole batch, and same gradient, as if the unplayed pairs had gone through the model
             loss = share * loss + (1 - share) * self._margin_loss_at_zero()
 
-        self._check_step(mode, loss, logps, opponent_logps, inputs["completion_mask"])
+        self._check_step(mode, loss, logps, opponent_logps, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _objective_options(self, name: str) -> dict[str, float]:
@@ -650,13 +783,20 @@ class SPINTrainer(DPOTrainer):
         """A metric of one objective only."""
         self._metrics[mode][f"objective/{name}"].append(self.accelerator.gather(values.detach()).mean().item())
 
-    def _check_step(self, mode, loss, logps, opponent_logps, completion_mask):
+    def _check_step(self, mode, loss, logps, opponent_logps, inputs):
         """Stops at losses that are not finite, and where an iteration does not start at its reference."""
         metrics = self._metrics[mode]
-        lengths = [mask.sum(dim=1) for mask in completion_mask.chunk(2, dim=0)]
-        logratios = [policy - opponent for policy, opponent in zip(logps, opponent_logps, strict=True)]
-        statistics = torch.stack([*lengths, *logratios, loss.expand(len(lengths[0]))], dim=1).detach()
-        num_real, num_generated, real, generated, losses = self.accelerator.gather(statistics).unbind(dim=1)
+        num_real, num_generated = (mask.sum(dim=1) for mask in inputs["completion_mask"].chunk(2, dim=0))
+        real, generated = (policy - opponent for policy, opponent in zip(logps, opponent_logps, strict=True))
+        num_unique = inputs["attention_mask"].chunk(2, dim=0)[0].sum(dim=1) + num_generated
+        # In a shared row, the last token of the prompt is there twice, and those of the answers are not
+        padded = torch.tensor(2 * inputs["input_ids"].size(1), device=loss.device)
+        num_computed = num_unique.max() - 1 if self._shares_prefix else padded
+        statistics = (num_real, num_generated, num_unique, num_computed, real, generated, loss)
+        statistics = torch.stack([value.detach().to(loss.dtype).expand(len(num_real)) for value in statistics], dim=1)
+        num_real, num_generated, num_unique, num_computed, real, generated, losses = self.accelerator.gather(
+            statistics
+        ).unbind(dim=1)
         if mode == "train" and not math.isfinite(losses.sum().item()):
             raise ValueError(
                 f"The loss of step {self.state.global_step + 1} (iteration {self.self_play_iteration}) is "
@@ -665,8 +805,13 @@ class SPINTrainer(DPOTrainer):
                 "checkpoint and iteration are intact. Lower `learning_rate`, set `max_grad_norm`, or train in bfloat16 "
                 "or float32 instead of float16."
             )
-        self._real_nll[mode][0] -= metrics["logps/chosen"][-1] * len(num_real)
-        self._real_nll[mode][1] += num_real.sum().item()
+        sums = self._sums[mode]
+        sums["real_nll"] -= metrics["logps/chosen"][-1] * len(num_real)
+        sums["real"] += num_real.sum().item()
+        sums["unique"] += num_unique.sum().item()
+        sums["computed"] += num_computed.sum().item()
+        if mode == "eval":
+            self._eval_margins += (self.beta * (real - generated)).tolist()
         if mode == "train" and self._check_next_loss:
             metrics["self_play/initial_loss"].append(losses.mean().item())
             # Rounding errors of the tokens add up to about the square root of their number
@@ -674,19 +819,6 @@ class SPINTrainer(DPOTrainer):
                 (real.mean() / num_real.mean().sqrt()).item(), (generated.mean() / num_generated.mean().sqrt()).item()
             )
             self._check_next_loss = False
-
-    def _sum_logps(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probs of the answers in a batch of sequences."""
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=labels,
-            use_cache=False,
-            fused_lm_head=True,
-        )
-        # Prompt-learning PEFT prepends virtual tokens to the outputs
-        return outputs.log_probs[:, -(labels.size(1) - 1) :].sum(dim=1)
 
     def reset_metrics(self, mode: str):
         """
@@ -697,7 +829,7 @@ class SPINTrainer(DPOTrainer):
                 `"train"` or `"eval"`.
         """
         self._metrics[mode].clear()
-        self._real_nll[mode] = [0.0, 0.0]
+        self._sums[mode].clear()
 
     def _drop_unplayed(self, inputs: dict[str, Any], game: dict[str, Any]) -> tuple[dict, dict, float]:
         """Leaves out pairs that are not played, which have zero gradient, and tells which share of the pairs stays."""
@@ -715,8 +847,7 @@ class SPINTrainer(DPOTrainer):
         """At the first step of an iteration the policy is the opponent: the log-ratios are 0 and the loss is ℓ(0)."""
         tolerance = self.args.initial_loss_tolerance
         if tolerance is None:
-            exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
-            tolerance = 1e-3 if exact else 0.1
+            tolerance = 1e-3 if self._is_exact else 0.1
         if not max(abs(real), abs(generated)) <= tolerance:
             raise ValueError(
                 f"Iteration {self.self_play_iteration} does not start at its opponent. The model that is trained is the "
@@ -737,11 +868,23 @@ class SPINTrainer(DPOTrainer):
         renamed = defaultdict(list)
         for key, values in self._metrics[mode].items():
             renamed[dataset + key.replace("chosen", "real").replace("rejected", "generated")] = values
-        negative_logps, num_tokens = self._real_nll[mode]
-        if num_tokens:
-            renamed[f"{dataset}nll/real"] = [negative_logps / num_tokens]
+        sums = self._sums[mode]
+        if sums["real"]:
+            renamed[f"{dataset}nll/real"] = [sums["real_nll"] / sums["real"]]
+        if sums["unique"] and mode == "train":
+            renamed["self_play/computed_over_unique_tokens"] = [sums["computed"] / sums["unique"]]
         self._metrics[mode] = renamed
-        self._real_nll[mode] = [0.0, 0.0]
+        sums.clear()
+        if mode == "eval" and self._eval_margins:
+            # 95% intervals: an accuracy on few prompts says little
+            margins = torch.tensor(self._eval_margins)
+            ends = proportion_interval((margins > 0).float().mean().item(), len(margins))
+            radius = 1.96 * margins.std().item() / math.sqrt(len(margins)) if len(margins) > 1 else math.inf
+            ends += (margins.mean().item() - radius, margins.mean().item() + radius)
+            names = [f"rewards/{metric}_{end}" for metric in ("accuracies", "margins") for end in ("low", "high")]
+            for name, end in zip(names, ends, strict=True):
+                renamed[dataset + name] = [end]
+            self._eval_margins = []
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

@@ -1,0 +1,352 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+One self-play iteration, from a saved model to a saved model, on the same model, data and seed:
+
+(a) TRL as one would script it: `generate` in batches of 8, decode, `DPOTrainer` with its defaults;
+(b) the same with `precompute_ref_log_probs`;
+(c) trl-spin with its defaults, and without gradient checkpointing.
+
+Each variant runs in a process of its own, in turn, and the best of the repetitions counts. The model is random, with a
+bias on the end token that lets half of the answers run into their limit. Lengths are drawn from a distribution like that
+of UltraChat and scaled down.
+
+    python benchmarks/speed.py
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+
+VARIANTS = {
+    "a": "DPOTrainer, scripted",
+    "b": "the same, reference precomputed",
+    "c": "trl-spin",
+    "d": "trl-spin, no gradient checkpointing",
+}
+PASSES, BATCH_SIZE = 2, 8
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--num_pairs", type=int, default=128)
+parser.add_argument("--scale", type=float, default=0.25, help="Lengths in units of UltraChat's.")
+parser.add_argument("--hidden_size", type=int, default=128)
+parser.add_argument("--num_layers", type=int, default=4)
+parser.add_argument("--vocab_size", type=int, default=4096)
+parser.add_argument("--repetitions", type=int, default=3)
+parser.add_argument(
+    "--clock",
+    choices=["wall", "cpu"],
+    default="wall",
+    help="Seconds of the clock, or of the processor, for a machine that others use.",
+)
+parser.add_argument("--variants", default="".join(VARIANTS), help="Which to run, such as 'ac'.")
+parser.add_argument("--work_dir", help=argparse.SUPPRESS)
+parser.add_argument("--variant", help=argparse.SUPPRESS)
+args = parser.parse_args()
+clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
+limit = int(256 * args.scale)  # tokens of an answer
+
+
+def make_model_and_data():
+    import numpy as np
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>"] + [f"w{i}" for i in range(args.vocab_size - 2)]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    torch.manual_seed(0)
+    model = PhiForCausalLM(  # whose head has a bias
+        PhiConfig(
+            vocab_size=args.vocab_size,
+            hidden_size=args.hidden_size,
+            intermediate_size=4 * args.hidden_size,
+            num_hidden_layers=args.num_layers,
+            num_attention_heads=args.hidden_size // 64,
+            max_position_embeddings=2048,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+    )
+    # An answer ends at each token with a probability of 0.7 / limit, so that half of them reach it
+    model.lm_head.bias.data[1] = math.log(args.vocab_size / (limit / 0.7 - 1))
+    model.save_pretrained(f"{args.work_dir}/model")
+    tokenizer.save_pretrained(f"{args.work_dir}/model")
+
+    rng = np.random.default_rng(0)
+    prompts = np.clip(rng.lognormal(np.log(130), 0.95, args.num_pairs), 1, 512)
+    answers = np.minimum(np.clip(rng.lognormal(np.log(260), 0.55, args.num_pairs), 1, None), 1024 - prompts)
+
+    def text(length: float) -> str:
+        return " ".join(words[i] for i in rng.integers(2, args.vocab_size, max(1, int(length * args.scale))))
+
+    rows = [(text(p), " " + text(a)) for p, a in zip(prompts, answers, strict=True)]
+    columns = {"prompt": [p for p, _ in rows], "completion": [a for _, a in rows]}
+    Dataset.from_dict(columns).to_json(f"{args.work_dir}/data.jsonl")
+
+
+class Watch:
+    """Seconds by phase, and tokens."""
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+        self.positions = defaultdict(int)  # that went through the model, by phase and whether there is a gradient
+        self.unique = self.generated = 0
+        self.phase = "other"
+
+    @contextmanager
+    def time(self, phase: str):
+        before, self.phase = self.phase, phase
+        start = clock()
+        try:
+            yield
+        finally:
+            self.phase = before
+            self.seconds[phase] += clock() - start
+
+    def wrap(self, cls, name: str, phase: str):
+        function = getattr(cls, name)
+
+        def timed(*args, **kwargs):
+            with self.time(phase):
+                return function(*args, **kwargs)
+
+        setattr(cls, name, timed)
+
+
+def count_positions(watch: Watch):
+    import torch
+    from transformers import PhiModel
+
+    forward = PhiModel.forward
+
+    def counting(self, input_ids=None, **kwargs):
+        key = "with gradient" if torch.is_grad_enabled() and self.training else "without"
+        watch.positions[f"{watch.phase} {key}"] += input_ids.numel()
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    PhiModel.forward = counting
+
+
+def scripted(watch: Watch, precompute: bool):
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    watch.wrap(DPOTrainer, "_precompute_ref_logps", "scoring")
+    watch.wrap(DPOTrainer, "train", "training")
+    dataset = load_dataset("json", data_files=f"{args.work_dir}/data.jsonl", split="train")
+    tokenizer = AutoTokenizer.from_pretrained(f"{args.work_dir}/model", padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(f"{args.work_dir}/model")
+    answers = []
+    with watch.time("generation"):
+        for start in range(0, len(dataset), 8):
+            batch = tokenizer(dataset["prompt"][start : start + 8], return_tensors="pt", padding=True)
+            # The sampling of the paper's theory, as `top_k` is 50 by default
+            output = model.generate(**batch, max_new_tokens=limit, do_sample=True, top_k=0)
+            output = output[:, batch["input_ids"].shape[1] :]
+            answers += tokenizer.batch_decode(output, skip_special_tokens=True)
+    del model
+    pairs = dataset.rename_column("completion", "chosen").add_column("rejected", [" " + text for text in answers])
+    trainer = DPOTrainer(
+        f"{args.work_dir}/model",
+        args=DPOConfig(
+            f"{args.work_dir}/output",
+            num_train_epochs=PASSES,
+            per_device_train_batch_size=BATCH_SIZE,
+            precompute_ref_log_probs=precompute,
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=pairs,
+        processing_class=AutoTokenizer.from_pretrained(f"{args.work_dir}/model"),
+    )
+    trainer.train()
+    trainer.save_model()
+    for row in trainer.train_dataset:
+        watch.unique += sum(len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
+        watch.generated += len(row["rejected_ids"])
+    return sum(p.numel() for p in trainer.model.parameters()), torch.get_num_threads()
+
+
+def spin(watch: Watch, gradient_checkpointing: bool):
+    import torch
+    from datasets import load_dataset
+
+    from trl_spin import SelfPlayCallback, SPINConfig, SPINTrainer
+
+    watch.wrap(SPINTrainer, "train", "training")
+    for name, phase in {
+        "on_train_begin": "other",
+        "on_epoch_begin": "boundary",
+        "on_train_end": "other",
+        "generate": "generation",
+        "score": "scoring",
+    }.items():
+        watch.wrap(SelfPlayCallback, name, phase)
+    trainer = SPINTrainer(
+        f"{args.work_dir}/model",
+        args=SPINConfig(
+            f"{args.work_dir}/output",
+            num_self_play_iterations=1,
+            num_train_epochs=PASSES,
+            per_device_train_batch_size=BATCH_SIZE,
+            max_completion_length=limit,
+            learning_rate=1e-6,
+            gradient_checkpointing=gradient_checkpointing,
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=load_dataset("json", data_files=f"{args.work_dir}/data.jsonl", split="train"),
+    )
+    trainer.train()
+    watch.seconds["training"] -= watch.seconds["other"] + watch.seconds["boundary"]
+    for pair in trainer.games["train"].pairs[0]:
+        watch.unique += sum(len(pair[f"{part}_ids"]) for part in ("prompt", "real", "generated"))
+        watch.generated += len(pair["generated_ids"])
+    return sum(p.numel() for p in trainer.model.parameters()), torch.get_num_threads()
+
+
+def measure():
+    import datasets
+    import torch  # noqa: F401
+    import transformers
+    from trl import DPOTrainer  # noqa: F401
+
+    import trl_spin
+    from trl_spin import SPINTrainer  # noqa: F401
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    watch = Watch()
+    count_positions(watch)
+    checkpointing = args.variant != "d"
+    start = clock()
+    if args.variant in "ab":
+        num_parameters, num_threads = scripted(watch, precompute=args.variant == "b")
+    else:
+        num_parameters, num_threads = spin(watch, checkpointing)
+    seconds = {phase: watch.seconds[phase] for phase in ("generation", "scoring", "training")}
+    seconds["iteration"] = clock() - start
+    # A matrix is used twice per position in the forward pass, and four times in the backward pass; the table of embeddings
+    # is none
+    num_parameters -= args.vocab_size * args.hidden_size
+    positions = watch.positions
+    trained = positions["training with gradient"]
+    flops = 2 * num_parameters * (sum(positions.values()) + trained * (2 + checkpointing))
+    result = {
+        "seconds": seconds,
+        "tokens": {
+            "generation": watch.generated,
+            "scoring": watch.unique,
+            "training": PASSES * watch.unique,
+            "iteration": watch.unique,
+        },
+        "computed/unique": trained / PASSES / watch.unique,
+        "flops/bound": flops / (2 * num_parameters * watch.unique * (1 + 3 * PASSES)),
+        "memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imports) / 1024,
+        "memory with libraries": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "num_parameters": num_parameters,
+        "num_threads": num_threads,
+        "package": trl_spin.__file__,
+    }
+    Path(f"{args.work_dir}/result.json").write_text(json.dumps(result))
+
+
+def run(variant: str, work_dir: str) -> dict:
+    options = [f"--{name}={value}" for name, value in vars(args).items() if name not in ("variant", "work_dir")]
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as output:
+        os.symlink(f"{work_dir}/model", f"{output}/model")
+        os.symlink(f"{work_dir}/data.jsonl", f"{output}/data.jsonl")
+        subprocess.run(
+            [sys.executable, __file__, *options, f"--variant={variant}", f"--work_dir={output}"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=None if os.environ.get("VERBOSE") else subprocess.DEVNULL,
+            env=os.environ | {"HF_DATASETS_CACHE": cache},  # nothing is left over from the last repetition
+        )
+        return json.loads(Path(f"{output}/result.json").read_text())
+
+
+def main():
+    with tempfile.TemporaryDirectory() as work_dir:
+        args.work_dir = work_dir
+        make_model_and_data()
+        results = defaultdict(list)
+        for _ in range(args.repetitions):
+            for variant in args.variants:
+                results[variant].append(run(variant, work_dir))
+                print(variant, json.dumps(results[variant][-1]), file=sys.stderr, flush=True)
+    phases = ("generation", "scoring", "training", "iteration")
+    best = {
+        variant: {phase: min(runs, key=lambda r, p=phase: r["seconds"][p] / r["tokens"][p]) for phase in phases}
+        for variant, runs in results.items()
+    }
+    first = next(iter(results.values()))[0]
+    print(
+        f"{args.num_pairs} pairs, {PASSES} passes, lengths {args.scale} of UltraChat's, batches of {BATCH_SIZE}, "
+        f"{first['num_parameters'] / 1e6:.1f}M parameters without embeddings, {first['num_threads']} threads; best of "
+        f"{args.repetitions}. Seconds ({args.clock}), and tokens per second: generated ones, unique ones, unique ones times passes, "
+        "unique ones. In brackets, speed in units of the first row.\n"
+    )
+    print("| |", " | ".join([*phases, "computed/unique", "FLOPs/bound", "peak memory (without libraries)"]), "|")
+    print("|---|" + "---|" * 7)
+    for variant, by_phase in best.items():
+        cells = []
+        for phase, result in by_phase.items():
+            seconds, tokens = result["seconds"][phase], result["tokens"][phase]
+            if not seconds:
+                cells.append("in training")
+                continue
+            cell = f"{seconds:.1f} s, {tokens / seconds:,.0f}"
+            reference = next(iter(best.values()))[phase]
+            if reference["seconds"][phase]:
+                ratio = tokens / seconds / (reference["tokens"][phase] / reference["seconds"][phase])
+                cell += f" ({ratio:.2f}x)"
+            cells.append(cell)
+        last = by_phase["iteration"]
+        memory = min(r["memory with libraries"] for r in results[variant])
+        cells += [f"{last['computed/unique']:.2f}", f"{last['flops/bound']:.2f}"]
+        cells.append(f"{memory:,.0f} MB ({min(r['memory'] for r in results[variant]):,.0f})")
+        print(f"| ({variant}) {VARIANTS[variant]} |", " | ".join(cells), "|")
+
+
+if __name__ == "__main__":
+    if args.variant:
+        measure()
+    else:
+        main()

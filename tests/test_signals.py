@@ -1,0 +1,262 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What is measured, shown and said of a game, and when it ends."""
+
+import itertools
+import json
+import random
+import re
+
+import pandas
+import pytest
+import torch
+from conftest import logp, make_dataset, make_model, make_tokenizer, make_trainer
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from trl_spin import display
+from trl_spin.display import show_table
+from trl_spin.game import PAIR_FEATURES, load_game
+from trl_spin.signals import auc, describe_game, distinct_ngrams, find_warnings, proportion_interval, repetition
+
+
+# ---- Numbers ----
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order():
+    rng = random.Random(0)
+    positive, negative = ([rng.randrange(10) for _ in range(30)] for _ in range(2))
+    expected = sum((p > n) + 0.5 * (p == n) for p, n in itertools.product(positive, negative)) / 900
+    assert auc(positive, negative) == pytest.approx(expected)
+    assert auc([2, 3], [0, 1]) == 1.0 and auc([1], [1, 1]) == 0.5
+
+
+def test_intervals():
+    # Wilson (1927), as in every table
+    assert proportion_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert proportion_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert proportion_interval(0.0, 10)[0] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_diversity():
+    assert distinct_ngrams([[1, 2, 1, 2], [1]], 2) == pytest.approx(2 / 3)
+    assert distinct_ngrams([[1]], 2) == 0.0
+    assert repetition([[1, 2, 3, 4, 1, 2, 3, 4], [5]]) == pytest.approx(0.1)
+    assert repetition([[7] * 8]) == pytest.approx(4 / 5)
+
+
+def make_pairs(real, generated, real_nll=1.0, **flags):
+    return Dataset.from_list(
+        [
+            {
+                **{"row": i, "opponent": 0, "prompt_ids": [0], "real_ids": r, "generated_ids": g},
+                **{"truncated": False, "empty": False, "identical": False, "played": True, **flags},
+                **{"ref_real_logps": -real_nll * len(r), "ref_generated_logps": -1.0 * len(g)},
+                **{"base_real_logps": None, "base_generated_logps": None},
+            }
+            for i, (r, g) in enumerate(zip(real, generated, strict=True))
+        ],
+        features=PAIR_FEATURES,
+    )
+
+
+def texts(length, seed, first=None, num=100):
+    rng = random.Random(seed)
+    return [
+        [rng.randrange(50) if first is None else first] + [rng.randrange(50) for _ in range(length - 1)]
+        for _ in range(num)
+    ]
+
+
+@pytest.mark.parametrize(
+    "pairs, message",
+    [
+        (make_pairs(texts(8, 0), texts(8, 1)), None),
+        (make_pairs(texts(8, 0), texts(12, 1)), r"Length alone .*AUC 0.00, the generated ones are longer"),
+        (make_pairs(texts(12, 0), texts(8, 1)), r"Length alone .*AUC 1.00, the real ones are longer"),
+        (make_pairs(texts(8, 0, first=1), texts(8, 1)), r"first token alone .*AUC 0.9"),
+        (make_pairs(texts(8, 0), texts(8, 1), truncated=True), "100% of the generated answers are truncated. Raise"),
+        (make_pairs(texts(8, 0), texts(8, 1)[:1] * 100), "1% of the generated answers are distinct, but 100%"),
+        (make_pairs(texts(8, 0), [[i] * 8 for i in range(100)]), "80% of the 4-grams .* loops"),
+        (make_pairs(texts(8, 0), texts(8, 1), real_nll=1.1), "less likely: .*1.000 -> 1.100 per token.* overshot"),
+    ],
+    ids=["none", "longer", "shorter", "first token", "truncated", "collapse", "loops", "overshooting"],
+)
+def test_shortcuts_and_collapse_are_named_with_the_remedy(pairs, message):
+    earlier = describe_game(make_pairs(texts(8, 0), texts(8, 1)))
+    warnings = "\n".join(find_warnings(describe_game(pairs), earlier))
+    if message is None:
+        assert not warnings
+    else:
+        assert re.search(message, warnings), warnings
+
+
+# ---- Held-out prompts ----
+
+
+def test_rows_are_held_out_by_an_option(tmp_path):
+    dataset = make_dataset(20)
+    trainer = make_trainer(tmp_path, dataset=dataset, held_out_size=6, max_prompts=10)
+    trainer.train()
+    rows = {name: game.rows["row"][:] for name, game in trainer.games.items()}
+    assert len(rows["train"]) == 10 and len(rows["eval"]) == 6 and not {*rows["train"]} & {*rows["eval"]}
+    for game in trainer.games.values():
+        for row in game.rows:
+            real = trainer.processing_class.decode(row["real_ids"])
+            assert real == dataset[row["row"]]["messages"][1]["content"] + "<|im_end|>"
+    logs = [logs for logs in trainer.state.log_history if "eval_rewards/accuracies" in logs]
+    assert len(logs) == 2
+    for name in ("accuracies", "margins"):
+        low, value, high = (logs[-1][f"eval_rewards/{name}{end}"] for end in ("_low", "", "_high"))
+        assert low < value + 1e-6 and value < high + 1e-6 and low < high
+    with pytest.raises(ValueError, match=r"`held_out_size` \(20\) leaves nothing of the 20"):
+        make_trainer(tmp_path / "all", dataset=dataset, held_out_size=20)
+
+
+@pytest.mark.parametrize("option", ["early_stopping", "load_best_iteration_at_end"])
+def test_choosing_needs_held_out_prompts(tmp_path, option):
+    with pytest.raises(ValueError, match=f"`{option}=True` needs held-out prompts"):
+        make_trainer(tmp_path, **{option: True})
+
+
+def test_numbers_of_the_user_are_those_of_each_model(tmp_path):
+    seen = []
+
+    def measure(prompts, answers, real):
+        seen.append((prompts, answers, real))
+        return {"length": sum(map(len, answers)) / len(answers)}
+
+    trainer = make_trainer(
+        tmp_path, eval_dataset=make_dataset(5), compute_answer_metrics=measure, num_self_play_iterations=2
+    )
+    trainer.train()
+    tokenizer = trainer.processing_class
+    assert seen[0][0][0] == "user\nCount to 1.\nassistant\n" and seen[0][2][1] == "1 2"
+    for iteration in range(2):
+        generated = load_game(str(tmp_path), iteration)["eval"]["generated_ids"]
+        answers = tokenizer.batch_decode(generated[:], skip_special_tokens=True)
+        manifest = json.loads((tmp_path / "self_play" / f"iteration-{iteration}" / "manifest.json").read_text())
+        expected = sum(map(len, answers)) / 5
+        assert manifest["metrics"]["eval_answers/length"] == expected
+        if iteration == 1:  # the answers of the model that iteration 0 made
+            record = json.loads((tmp_path / "iteration-0" / "self_play.json").read_text())
+            assert record["eval_answers/length"] == expected
+            assert seen[1][1] == answers == seen[2][1]
+    assert len(seen) == 4
+
+
+# ---- Stopping and choosing ----
+
+
+def test_the_game_ends_when_an_iteration_hurts_and_returns_to_the_best_model(tmp_path, caplog):
+    kwargs = {"eval_dataset": make_dataset(6), "num_self_play_iterations": 4}
+    trainer = make_trainer(tmp_path, **kwargs, learning_rate=1.0, early_stopping=True, load_best_iteration_at_end=True)
+    start = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("iteration-*")) == ["iteration-0"]
+    assert "The game ends after iteration 0: iteration 0 hurt (eval_nll/real" in caplog.text
+    assert "for the model that self-play started from." in caplog.text
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, start[name]), name
+    record = json.loads((tmp_path / "iteration-0" / "self_play.json").read_text())
+    assert record["verdict"].endswith("hurt")
+
+
+def test_the_best_iteration_may_be_one_in_between(tmp_path, caplog):
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=make_dataset(6),
+        num_self_play_iterations=3,
+        learning_rate=[3e-3, 3e-3, 1.0],
+        load_best_iteration_at_end=True,
+    )
+    trainer.train()
+    assert "The last model is not the best one" in caplog.text
+    best = load_file(tmp_path / "iteration-1" / "model.safetensors")
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, best[name]), name
+    assert trainer.state.log_history[-1]["self_play/best_iteration"] == 1
+    values = []
+    for iteration in range(3):
+        record = json.loads((tmp_path / f"iteration-{iteration}" / "self_play.json").read_text())
+        values.append(record["eval_nll/real"])
+    model, pairs = trainer.model.eval(), load_game(str(tmp_path), 0)["eval"]
+    nll = -sum(logp(model, p["prompt_ids"], p["real_ids"]).item() for p in pairs) / sum(map(len, pairs["real_ids"]))
+    assert min(values) == values[1] == pytest.approx(nll, rel=1e-4)
+
+
+def test_the_game_ends_when_the_sides_cannot_be_told_apart(tmp_path, caplog):
+    # Nothing is learned, so the margins are rounding errors
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=make_dataset(6),
+        learning_rate=1e-12,
+        early_stopping=True,
+        metric_for_best_iteration="eval_answers/none",
+        compute_answer_metrics=lambda *texts: {"none": 0.0},
+    )
+    trainer.train()
+    assert "can no longer be told apart (accuracy between" in caplog.text
+    assert sorted(p.name for p in tmp_path.glob("iteration-*")) == ["iteration-0"]
+
+
+def test_a_metric_that_is_not_measured_is_named_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"'eval_nll/reel', which is not measured. There are \['eval_nll/real'\]"):
+        make_trainer(
+            tmp_path, eval_dataset=make_dataset(3), early_stopping=True, metric_for_best_iteration="eval_nll/reel"
+        ).train()
+
+
+# ---- What is shown ----
+
+
+def test_probes_have_the_same_seeds_in_every_iteration(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, learning_rate=1e-12, num_probes=2)
+    trainer.train()
+    probes = [json.loads((tmp_path / "self_play" / f"iteration-{t}" / "probes.json").read_text()) for t in range(3)]
+    assert probes[0] == probes[1] == probes[2] and len(probes[0]) == 2
+    games = [load_game(str(tmp_path), t)["train"]["generated_ids"][:2] for t in range(2)]
+    assert games[0] != games[1]
+    out = capsys.readouterr().out
+    assert "Self-play so far" in out and "iteration 1" in out and "Count to 1." in out
+
+
+def test_model_output_is_text_in_tables(monkeypatch, capsys):
+    rows = [["prompt", "answer"], ["[bold]x[/bold] [link=http://a]b[/link]", "\x1b[31mred\x07 :smile:"]]
+    for rich in (True, False):
+        monkeypatch.setattr(display, "is_rich_available", lambda rich=rich: rich)
+        show_table("[red]title", rows)
+        out = capsys.readouterr().out
+        for text in ("[red]title", "[bold]x[/bold]", ":smile:"):
+            assert text in out
+        assert "\x07" not in out and "\x1b[31m" not in out
+
+
+def test_completions_are_logged_as_text(tmp_path):
+    trainer = make_trainer(tmp_path, log_completions=True, eval_dataset=make_dataset(3))
+    trainer.train()
+    table = pandas.read_parquet(tmp_path / "completions" / "train-00001.parquet")
+    pairs = load_game(str(tmp_path), 1)["train"]
+    tokenizer = trainer.processing_class
+    assert table["generated"].tolist() == tokenizer.batch_decode(pairs["generated_ids"][:], skip_special_tokens=True)
+    assert table["real"][1] == "1 2" and table["row"].tolist() == pairs["row"][:]
+    assert (tmp_path / "completions" / "eval-00000.parquet").is_file()
+
+
+def test_what_was_logged_lies_beside_the_games(tmp_path):
+    trainer = make_trainer(tmp_path, model=make_model(make_tokenizer()))
+    trainer.train()
+    history = json.loads((tmp_path / "self_play" / "log_history.json").read_text())
+    assert history == trainer.state.log_history

@@ -1,0 +1,217 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a game looks like, in numbers and in words: can the two sides be told apart, by what, and what to do about it."""
+
+import math
+from collections import Counter
+
+import numpy as np
+from datasets import Dataset
+
+
+def auc(positive: list[float], negative: list[float]) -> float:
+    """
+    How well a score separates two groups: the probability that a random positive scores higher than a random negative,
+    ties counted half (the Mann-Whitney statistic). 0.5 is chance.
+
+    Args:
+        positive (`list[float]`):
+            Scores of the one group.
+        negative (`list[float]`):
+            Scores of the other.
+
+    Returns:
+        `float`: Area under the ROC curve.
+    """
+    negative = np.sort(negative)
+    below, up_to = (np.searchsorted(negative, positive, side=side) for side in ("left", "right"))
+    return float((below + up_to).mean() / (2 * len(negative)))
+
+
+def proportion_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """
+    Wilson's score interval of a proportion, which holds its promise near 0 and 1 and for few observations.
+
+    Args:
+        share (`float`):
+            Observed share.
+        count (`int`):
+            Number of observations.
+        z (`float`, *optional*, defaults to `1.96`):
+            Quantile of the normal distribution; 1.96 for 95%.
+
+    Returns:
+        `tuple[float, float]`: Lower and upper end.
+    """
+    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    radius = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return center - radius, center + radius
+
+
+def distinct_ngrams(answers: list[list[int]], n: int) -> float:
+    """Share of different n-grams among all n-grams of the answers (distinct-n, https://huggingface.co/papers/1510.03055)."""
+    windows = [np.lib.stride_tricks.sliding_window_view(ids, n) for ids in answers if len(ids) >= n]
+    if not windows:
+        return 0.0
+    ngrams = np.concatenate(windows)
+    return len(np.unique(ngrams, axis=0)) / len(ngrams)
+
+
+def repetition(answers: list[list[int]], n: int = 4) -> float:
+    """Mean share of an answer's n-grams that it has already used: 0 for a text without loops."""
+    shares = []
+    for ids in answers:
+        ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+        shares.append(1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0)
+    return sum(shares) / len(shares)
+
+
+def first_token_auc(pairs: Dataset) -> float:
+    """
+    How well an answer's first token alone tells real from generated: tokens are counted in one half of the pairs, and
+    scored by the log-ratio of their counts in the other, so that nothing is learned by heart.
+    """
+    real, generated = ([ids[0] if ids else -1 for ids in pairs[f"{side}_ids"]] for side in ("real", "generated"))
+    values = []
+    for half in (0, 1):
+        counts = Counter(real[half::2]), Counter(generated[half::2])
+        scores = [
+            [math.log((counts[0][token] + 1) / (counts[1][token] + 1)) for token in tokens[1 - half :: 2]]
+            for tokens in (real, generated)
+        ]
+        if scores[0]:
+            values.append(auc(*scores))
+    return sum(values) / len(values)
+
+
+def describe_game(pairs: Dataset) -> dict[str, float]:
+    """
+    Lengths, shares, diversity and likelihoods of a game that has been scored, per answer or per token. The areas under
+    the curve say how well one number alone tells a real answer (above 0.5) from a generated one: its length, its first
+    token, its log-prob per token under the opponent.
+
+    Args:
+        pairs ([`~datasets.Dataset`]):
+            Pairs of one opponent.
+
+    Returns:
+        `dict[str, float]`: Metrics by name.
+    """
+
+    def mean(values) -> float:
+        values = list(values)
+        return sum(values) / len(values)
+
+    real, generated = pairs["real_ids"][:], pairs["generated_ids"][:]
+    lengths = {"real": [len(ids) for ids in real], "generated": [len(ids) for ids in generated]}
+    per_token = {
+        side: [logps / max(1, n) for logps, n in zip(pairs[f"ref_{side}_logps"], lengths[side], strict=True)]
+        for side in lengths
+    }
+    return {
+        "mean_length_real": mean(lengths["real"]),
+        "mean_length_generated": mean(lengths["generated"]),
+        "distinct_real": len(set(map(tuple, real))) / len(pairs),
+        "distinct_generated": len(set(map(tuple, generated))) / len(pairs),
+        "distinct_bigrams_real": distinct_ngrams(real, 2),
+        "distinct_bigrams_generated": distinct_ngrams(generated, 2),
+        "repetition_real": repetition(real),
+        "repetition_generated": repetition(generated),
+        "truncated": mean(pairs["truncated"]),
+        "empty": mean(pairs["empty"]),
+        "identical": mean(pairs["identical"]),
+        "played": mean(pairs["played"]),
+        "nll_real": -sum(pairs["ref_real_logps"]) / sum(lengths["real"]),
+        "nll_generated": -sum(pairs["ref_generated_logps"]) / max(1, sum(lengths["generated"])),
+        "auc_length": auc(lengths["real"], lengths["generated"]),
+        "auc_first_token": first_token_auc(pairs),
+        "auc_logps": auc(per_token["real"], per_token["generated"]),
+    }
+
+
+def find_warnings(game: dict[str, float], earlier: dict[str, float] | None) -> list[str]:
+    """
+    What in a game deserves a look, in words, with the remedy.
+
+    Args:
+        game (`dict[str, float]`):
+            Metrics of the game, see [`describe_game`].
+        earlier (`dict[str, float]`, *optional*):
+            Metrics of the game before it.
+
+    Returns:
+        `list[str]`: Warnings.
+    """
+    warnings = []
+    remedies = {
+        "truncated": "Raise `max_completion_length`, or check that the model was fine-tuned to end its answers: "
+        "otherwise real and generated answers differ by their length above all.",
+        "empty": "Is the chat template the one the model was fine-tuned with?",
+        "identical": "The model has learned the data by heart, and there is little to learn from.",
+    }
+    for kind, remedy in remedies.items():
+        if game[kind] > 0.5:
+            warnings.append(f"{game[kind]:.0%} of the generated answers are {kind}. {remedy}")
+    if game["distinct_generated"] < 0.5 * game["distinct_real"]:
+        warnings.append(
+            f"{game['distinct_generated']:.0%} of the generated answers are distinct, but {game['distinct_real']:.0%} of "
+            "the real ones. The model repeats itself: lower the learning rate or raise `beta`, and look at the answers."
+        )
+    if game["repetition_generated"] > 0.2 + game["repetition_real"]:
+        warnings.append(
+            f"{game['repetition_generated']:.0%} of the 4-grams in a generated answer are repeats, but "
+            f"{game['repetition_real']:.0%} in a real one: the model runs in loops. Lower the learning rate or raise `beta`."
+        )
+    if max(game["auc_length"], 1 - game["auc_length"]) > 0.75:
+        longer = "real" if game["auc_length"] > 0.5 else "generated"
+        warnings.append(
+            f"Length alone tells real from generated answers (AUC {game['auc_length']:.2f}, the {longer} ones are longer), "
+            "and the game can be won by it. `truncated_completions='cut_real'` evens it out where answers are cut; else "
+            "raise `beta` or lower the learning rate."
+        )
+    if game["auc_first_token"] > 0.75:
+        warnings.append(
+            f"The first token alone tells real from generated answers (AUC {game['auc_first_token']:.2f}). Usually a "
+            "template or a space differs between what the model was fine-tuned on and what it answers to: compare "
+            "`real_ids` and `generated_ids` of some pairs."
+        )
+    if earlier is not None and game["nll_real"] > earlier["nll_real"] + 0.02:
+        warnings.append(
+            f"The real answers have become less likely: negative log-likelihood {earlier['nll_real']:.3f} -> "
+            f"{game['nll_real']:.3f} per token. The last iteration overshot: raise `beta`, lower the learning rate or the "
+            "number of passes, or add an anchor with `sft_weight`."
+        )
+    return warnings
+
+
+def judge(before: float, after: float, name: str, greater_is_better: bool) -> tuple[bool, str]:
+    """
+    Whether an iteration helped, by one number measured before and after it.
+
+    Args:
+        before (`float`):
+            Value of the opponent.
+        after (`float`):
+            Value of the model that the iteration made.
+        name (`str`):
+            Name of the number.
+        greater_is_better (`bool`):
+            Whether it should rise.
+
+    Returns:
+        `tuple[bool, str]`: Whether the model is no worse than before, and the verdict in words.
+    """
+    fine = after >= before if greater_is_better else after <= before
+    return fine, f"{name} {before:.4g} -> {after:.4g}: {'helped' if fine else 'hurt'}"
