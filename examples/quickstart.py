@@ -27,6 +27,7 @@ What is printed is measured on 1,000 held-out prompts:
 ```bash
 python examples/quickstart.py                # one run
 python examples/quickstart.py --num_seeds 5  # mean and standard error over five runs
+python examples/quickstart.py --output_dir quickstart && trl-spin report quickstart/seed-0  # curves
 ```
 """
 
@@ -57,6 +58,7 @@ parser.add_argument("--num_self_play_iterations", type=int, default=3)
 parser.add_argument("--num_seeds", type=int, default=1, help="Repeat with other data, weights and samples.")
 parser.add_argument("--num_rows", type=int, default=6000, help="Training rows.")
 parser.add_argument("--num_held_out", type=int, default=1000, help="Held-out prompts.")
+parser.add_argument("--output_dir", help="Where to keep the self-play runs. They are temporary otherwise.")
 parser.add_argument("--loss_type", default="sigmoid", help="Objective, see the README.")
 parser.add_argument("--beta", type=float, default=5.0, help="λ")
 # Larger learning rates and smaller λ gain faster at first, and then overshoot
@@ -148,7 +150,7 @@ def train_sft(model, tokenizer, dataset, num_epochs: int, learning_rate: float, 
 def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
     """Plays self-play from an SFT model and returns the directory that holds the model of each iteration."""
     args = SPINConfig(
-        tempfile.mkdtemp(),
+        f"{options.output_dir}/seed-{seed}" if options.output_dir else tempfile.mkdtemp(),
         num_self_play_iterations=options.num_self_play_iterations,
         num_train_epochs=3,
         loss_type=options.loss_type,
@@ -160,7 +162,7 @@ def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
         max_completion_length=MAX_COMPLETION_LENGTH,
         warmup_steps=0.1,
         seed=seed,
-        **COMMON,
+        **(COMMON | {"logging_strategy": "steps", "logging_steps": 10}),
     )
     trainer = SPINTrainer(model_path, args=args, train_dataset=dataset, eval_dataset=held_out)
     trainer.remove_callback(PrinterCallback)

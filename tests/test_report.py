@@ -30,7 +30,8 @@ from transformers import TrainerCallback
 
 from trl_spin.__main__ import main
 from trl_spin.game import load_game
-from trl_spin.report import read_run, summary_rows, write_report
+from trl_spin.report import summary_rows, write_report
+from trl_spin.run_files import read_run
 
 
 class Page(HTMLParser):
@@ -154,7 +155,7 @@ def test_distributions_are_those_of_the_games(finished):
 
 
 def test_signals_are_shown(finished, tmp_path):
-    """Probes, warnings, verdicts, intervals and metrics of the user's own, where the run has left them."""
+    """Probes, warnings, verdict, intervals and metrics of the user's own, where the run has left them."""
     output_dir = tmp_path / "run"
     shutil.copytree(finished, output_dir)
     for t in range(3):  # the answers of the last model stand with the iteration that was not played
@@ -167,7 +168,7 @@ def test_signals_are_shown(finished, tmp_path):
         "eval_rewards/accuracies_low": 0.123,
         "eval_rewards/accuracies_high": 0.987,
         "eval_answers/exact_match": 0.4321,
-        "warnings": ["The model runs in loops."],
+        "warnings": ["The model runs in `loops`."],
         "verdict": "eval_nll/real 3 -> 4: hurt",
     }
     change_json(output_dir / "iteration-1" / "self_play.json", lambda content: content.update(more))
@@ -198,7 +199,7 @@ def test_model_output_is_text(finished, tmp_path):
     for letter in "PRGVWMKS":
         assert letter + evil in page.text
     assert "<b>run<x>" in page.text
-    assert not any(c in page.text for c in "\x00\x1b\ud800")
+    assert not any(c in page.text for c in "\x00\x1b\ud800\u202e")
 
 
 def test_a_run_that_stopped_in_the_middle(tmp_path):

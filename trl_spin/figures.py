@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 
 
 if TYPE_CHECKING:
-    from .report import Run
+    from .run_files import Run
 
 # Colours that the colour-blind can tell apart (Okabe and Ito). Marker or line tells them apart in grey
 SIDES = {
@@ -41,7 +41,13 @@ SERIES = [
 ]
 _STYLE = {
     **{"font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "legend.fontsize": 8},
-    **{"legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5, "axes.grid": True},
+    **{
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.8,
+        "lines.linewidth": 1.4,
+        "lines.markersize": 4.5,
+        "axes.grid": True,
+    },
     **{"grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
     "text.parse_math": False,  # a dataset's name may hold a dollar sign
     "svg.hashsalt": "trl-spin",  # the same run gives the same file
@@ -179,7 +185,7 @@ def draw_iterations(run: "Run") -> Figure | None:
             ax.annotate(
                 "chance",
                 (1, 0.5),
-                (0, 2),
+                (0, -10),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 ha="right",
@@ -249,6 +255,7 @@ def _draw_histograms(panels: dict, xlabel: str, whole_numbers: bool = False, mar
             ax.axvline(mark, color="0.2", linewidth=0.9)
         ax.margins(x=0.02)
         ax.set_title(title)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole_numbers))
     all_axes[0].set_ylim(bottom=0)
     for ax in all_axes[-4:]:
         ax.set_xlabel(xlabel)

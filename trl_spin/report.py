@@ -22,249 +22,18 @@ import base64
 import html
 import io
 import json
-import math
 import re
 import sys
 import unicodedata
-from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow
-import pyarrow.compute
 from tqdm.auto import tqdm
 
-from .game import atomic_open, load_game, read_manifest
-from .model_card import RECORD
+from .game import atomic_open
+from .run_files import Run, is_number, read_run
 
-
-# ---- What a run has left on disk ----
-
-
-@dataclass
-class Game:
-    """The answers of an iteration's opponent to the prompts of one dataset."""
-
-    pairs: pyarrow.Table
-
-    @cached_property
-    def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens of each answer, by side."""
-        return {
-            side: pyarrow.compute.list_value_length(self.pairs[f"{side}_ids"]).to_numpy()
-            for side in ("real", "generated")
-        }
-
-    @cached_property
-    def logps_per_token(self) -> dict[str, np.ndarray]:
-        """The opponent's log-prob per token of each answer, by side."""
-        logps = {side: self.pairs[f"ref_{side}_logps"].to_numpy() for side in ("real", "generated")}
-        # The generated answer of a pair that is not played is not scored: the real one is, in its place
-        scored = {"real": True, "generated": self.pairs["played"].to_numpy()}
-        return {
-            side: logps[side][keep] / self.lengths[side][keep]
-            for side, keep in ((side, scored[side] & (self.lengths[side] > 0)) for side in logps)
-        }
-
-
-@dataclass
-class Iteration:
-    """What is there of an iteration: its manifest and games, and its record once it is finished."""
-
-    number: int
-    manifest: dict[str, Any]
-    record: dict[str, Any]
-    games: dict[str, Game]
-
-
-@dataclass
-class Run:
-    """All that the report is made of. `notes` says what is missing."""
-
-    output_dir: Path
-    settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
-    iterations: list[Iteration] = field(default_factory=list)
-    probes: dict[int, list[dict]] = field(default_factory=dict)
-    log_history: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def datasets(self) -> list[str]:
-        """Names of the datasets that were played on, the training data first."""
-        names = {shard["dataset"]: None for i in self.iterations for shard in i.manifest["shards"]}
-        return sorted(names, key=lambda name: name != "train")
-
-    def held_out(self) -> list[str]:
-        return [name for name in self.datasets if name != "train"]
-
-    @staticmethod
-    def prefix(name: str) -> str:
-        """What stands before the metrics of a dataset."""
-        return {"train": "", "eval": "eval_"}.get(name, f"eval_{name}_")
-
-    @cached_property
-    def _starts(self) -> dict[int, float]:
-        # Step at which each iteration began, as logged. The rest of the first one's steps come after it
-        logged = {
-            int(logs["self_play/iteration"]): logs["step"]
-            for logs in self.log_history
-            if "self_play/iteration" in logs
-        }
-        return logged or {0: 0}
-
-    def iteration_starts(self) -> list[float]:
-        return list(self._starts.values())
-
-    @property
-    def start_names(self) -> list[str]:
-        return [str(iteration) for iteration in self._starts]
-
-    def series(self, key: str, first: float, end: float) -> tuple[list[float], list[float]]:
-        """Steps and values of what was logged after one step and up to another."""
-        points = [
-            (logs["step"], logs[key])
-            for logs in self.log_history
-            if is_number(logs.get(key)) and first < logs["step"] <= end and "train_runtime" not in logs
-        ]
-        return [step for step, _ in points], [value for _, value in points]
-
-    def likelihoods(self) -> tuple[list[int], dict[str, list[float | None]]]:
-        """
-        Negative log-likelihood of the real answers by dataset, of each model: the one that self-play started from (-1)
-        and that of each iteration.
-        """
-        values = {name: {} for name in self.datasets}
-        for iteration in self.iterations:
-            for name in values:
-                before = iteration.manifest["metrics"].get(f"{self.prefix(name)}self_play/nll_real")
-                # In training it is an average over the iteration
-                after = iteration.record.get(f"{self.prefix(name)}nll/real") if name != "train" else None
-                if is_number(before):
-                    values[name][iteration.number - 1] = before
-                if is_number(after):
-                    values[name][iteration.number] = after
-        models = sorted({model for by_model in values.values() for model in by_model})
-        return models, {name: [by_model.get(model) for model in models] for name, by_model in values.items()}
-
-    def changes(self, name: str) -> dict[int, np.ndarray]:
-        """How each iteration changed the log-prob per token of the real answers: the next opponent is its model."""
-        games = {i.number: i.games[name] for i in self.iterations if name in i.games}
-        changes = {}
-        for number, game in games.items():
-            after = games.get(number + 1)
-            # Answers that were cut to the length of the generated ones are others each time
-            if after is not None and after.pairs["real_ids"].equals(game.pairs["real_ids"]):
-                changes[number] = after.logps_per_token["real"] - game.logps_per_token["real"]
-        return changes
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def read_run(output_dir: str | Path) -> Run:
-    """
-    Reads what a run has left on disk.
-
-    Args:
-        output_dir (`str` or `Path`):
-            Output directory of the run.
-
-    Returns:
-        [`Run`]: The run. What is missing is left out and stands in its notes.
-
-    Raises:
-        `FileNotFoundError`: If the directory holds no run.
-    """
-    run = Run(Path(output_dir))
-    directory = run.output_dir / "self_play"
-    if not (directory / "run.json").is_file():
-        raise FileNotFoundError(
-            f"{run.output_dir} holds no run: {directory / 'run.json'} does not exist. Give the `output_dir` of a run that "
-            "has begun."
-        )
-    content = _read_json(run, directory / "run.json", {})
-    run.settings, run.versions = content.get("settings", {}), content.get("versions", {})
-
-    for number in _numbers(directory.glob("iteration-*")):
-        manifest = _attempt(run, read_manifest, str(run.output_dir), number)
-        probes = _read_json(run, directory / f"iteration-{number}" / "probes.json", [])
-        if probes:
-            run.probes[number] = probes
-        if manifest is None:
-            if any((directory / f"iteration-{number}").glob("answers-*")):
-                run.notes.append(f"Iteration {number} is not there yet: its opponent has not answered all prompts.")
-            continue
-        record = _read_json(run, run.output_dir / f"iteration-{number}" / RECORD, {})
-        if not record:
-            run.notes.append(f"Iteration {number} is not finished, or its model was deleted: there is no {RECORD}.")
-        games = _attempt(run, load_game, str(run.output_dir), number) or {}
-        tables = {name: pairs.data.table for name, pairs in games.items()}
-        # Answers of earlier opponents are those of earlier iterations
-        newest = {
-            name: table.filter(pyarrow.compute.equal(table["opponent"], number)) for name, table in tables.items()
-        }
-        games = {name: Game(table) for name, table in newest.items()}
-        run.iterations.append(Iteration(number, manifest, record, games))
-
-    missing = sorted(
-        set(_numbers(run.output_dir.glob(f"iteration-*/{RECORD}"), parent=True))
-        - {iteration.number for iteration in run.iterations}
-    )
-    if missing:
-        run.notes.append(f"The games of these iterations are not there: {', '.join(map(str, missing))}.")
-    planned = len(run.settings.get("beta", []))
-    begun = max((iteration.number for iteration in run.iterations), default=-1) + 1
-    if begun < planned:
-        run.notes.append(f"{begun} of {planned} iterations have begun.")
-    if not run.held_out():
-        run.notes.append(
-            "There are no held-out prompts. On training pairs, accuracy and margin soon tell what was learned by heart."
-        )
-    if not run.probes:
-        run.notes.append("There are no probes.")
-
-    run.log_history = _read_json(run, directory / "log_history.json", [])
-    if not run.log_history:
-        checkpoints = [run.output_dir / f"checkpoint-{n}" for n in _numbers(run.output_dir.glob("checkpoint-*"))]
-        for checkpoint in checkpoints:
-            state = _read_json(run, checkpoint / "trainer_state.json", {})
-            run.log_history = state.get("log_history") or run.log_history
-    run.log_history = [logs for logs in run.log_history if is_number(logs.get("step"))]
-    if not run.log_history:
-        run.notes.append("There are no curves: neither self_play/log_history.json nor a checkpoint is there.")
-    return run
-
-
-def _numbers(paths, parent: bool = False) -> list[int]:
-    names = [path.parent.name if parent else path.name for path in paths]
-    return sorted(int(name.rpartition("-")[2]) for name in names if re.fullmatch(r"\w+-\d+", name))
-
-
-def _read_json(run: Run, path: Path, default: Any) -> Any:
-    if not path.is_file():
-        return default
-    content = _attempt(run, lambda: json.loads(path.read_text(encoding="utf-8")))
-    if content is None:
-        run.notes.append(f"{path.relative_to(run.output_dir)} cannot be read.")
-        return default
-    return content
-
-
-def _attempt(run: Run, function, *args) -> Any:
-    # A file that is damaged takes its part of the report away, and not the rest
-    try:
-        return function(*args)
-    except ValueError as error:
-        run.notes.append(str(error))
-        return None
-
-
-# ---- HTML ----
 
 _CSS = """
 :root { color-scheme: light; }
@@ -274,26 +43,28 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.2r
 h2 { border-bottom: 1px solid #bbb; } p.meta { color: #555; margin-top: .2rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .2rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e3e3e3; }
-th:first-child, td.text { text-align: left; font-weight: normal; overflow-wrap: anywhere; }
+th:first-child, td.text { text-align: left; font-weight: normal; } td.long { overflow-wrap: anywhere; }
 thead th { border-bottom: 1.5px solid #555; font-weight: 600; white-space: nowrap; }
 tr.group th { font-weight: 600; padding-top: .7rem; }
 figure { margin: 1rem 0; break-inside: avoid; } figure img { max-width: 100%; height: auto; }
 figcaption { color: #444; font-size: .9rem; }
 .warnings li, .notes li { margin: .3rem 0; overflow-wrap: anywhere; } .warnings li::marker { color: #b00020; }
 .probe { border-top: 1px solid #ccc; padding: .3rem 0 .8rem; }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .6rem; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .6rem; }
 .answers h4 { margin: .3rem 0; font-size: .8rem; color: #555; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 13px/1.4 ui-monospace, monospace;
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: .8rem/1.4 ui-monospace, monospace;
   background: #f5f5f5; padding: .4rem .5rem; unicode-bidi: isolate; }
 code { font-size: .85em; overflow-wrap: anywhere; }
 dl.settings { columns: 2; column-gap: 2rem; font-size: .85rem; } dl.settings div { break-inside: avoid; }
 dl.settings dt { display: inline; } dl.settings dd { display: inline; margin: 0; color: #444; overflow-wrap: anywhere; }
 dl.settings dt::after { content: ": "; }
-@media print { body { margin: 0; max-width: none; font-size: 11px; } h2 { break-after: avoid; }
+@media print { :root { font-size: 11px; } body { margin: 0; max-width: none; font-size: 1rem; } h2 { break-after: avoid; }
   .scroll { overflow: visible; } th, td { padding: .1rem .35rem; } tr { break-inside: avoid; } }
 """
 # No scripts, no network, whatever a model has written
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# They turn the text around them about, so that it reads as another
+_BIDI = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def text(value: Any) -> str:
@@ -305,13 +76,20 @@ def text(value: Any) -> str:
             Value.
 
     Returns:
-        `str`: Escaped text, without control characters.
+        `str`: Escaped text, without control characters and without those that change the direction of writing.
     """
     plain = "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\N{REPLACEMENT CHARACTER}"
+        c
+        if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") and c not in _BIDI
+        else "\N{REPLACEMENT CHARACTER}"
         for c in str(value)
     )
     return html.escape(plain)
+
+
+def _prose(message: str) -> str:
+    """A message of the package's own, with its code set as such."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(message))
 
 
 def _number(value: Any) -> str:
@@ -352,6 +130,7 @@ def summary_rows(run: Run) -> list[tuple[str, list[str]]]:
         if len(rows) > start:
             rows.insert(start, (heading, []))
 
+    add("verdict", [str(i.record.get("verdict") or ("" if i.record else "not finished")) for i in run.iterations])
     rows.append(("Settings", []))
     for title, key in {"λ": "beta", "learning rate": "learning_rate", "passes": "num_train_epochs"}.items():
         planned = run.settings.get(key, [])
@@ -398,9 +177,7 @@ def summary_rows(run: Run) -> list[tuple[str, list[str]]]:
         if name == "train":
             titles |= {"NLL of real answers": "self_play/nll_real"}
         add_metrics(f"Answers of the opponent ({name})", titles, run.prefix(name))
-    rows.append(("", []))
-    add("verdict", [str(i.record.get("verdict") or ("" if i.record else "not finished")) for i in run.iterations])
-    return [row for row in rows if row != ("", [])]
+    return rows
 
 
 def _summary(run: Run) -> str:
@@ -421,19 +198,10 @@ def _warnings(run: Run) -> str:
     lines = []
     for iteration in run.iterations:
         warnings = iteration.record.get("warnings") or iteration.manifest.get("warnings") or []
-        lines += [f"<li>Iteration {iteration.number}: {text(warning)}</li>" for warning in warnings]
+        lines += [f"<li>Iteration {iteration.number}: {_prose(warning)}</li>" for warning in warnings]
     if not lines:
         return ""
     return f'<h2>Warnings</h2><ul class="warnings">{"".join(lines)}</ul>'
-
-
-def _verdicts(run: Run) -> str:
-    lines = [
-        f"<li>Iteration {i.number}: {text(i.record['verdict'])}</li>"
-        for i in run.iterations
-        if i.record.get("verdict")
-    ]
-    return f"<h2>Verdicts</h2><ul>{''.join(lines)}</ul>" if lines else ""
 
 
 def _probes(run: Run) -> str:
@@ -469,9 +237,9 @@ def _lineage(run: Run) -> str:
         pairs = sum(shard["rows"] for shard in iteration.manifest["shards"] if shard["dataset"] == "train")
         made = f"iteration-{iteration.number}" if iteration.record else "not finished"
         rows.append(
-            f'<tr><th>{iteration.number}</th><td class="text">{text(opponent["model"] or "a model without a name")}</td>'
-            f'<td class="text"><code>{text(opponent["fingerprint"])}</code></td><td>{pairs}</td>'
-            f'<td class="text">{made}</td></tr>'
+            f'<tr><th>{iteration.number}</th><td class="text long">{text(opponent["model"] or "a model without a name")}</td>'
+            f'<td class="text long"><code>{text(opponent["fingerprint"])}</code></td><td>{pairs}</td>'
+            f"<td>{made}</td></tr>"
         )
     data = "".join(
         f"<li>{text(name)}: <code>{text(fingerprint)}</code></li>"
@@ -479,7 +247,7 @@ def _lineage(run: Run) -> str:
     )
     return (
         '<h2>Lineage</h2><div class="scroll"><table><thead><tr><th>iteration</th><th>opponent and reference</th>'
-        "<th>fingerprint of its weights</th><th>pairs</th><th>makes</th></tr></thead>"
+        "<th>its weights, by SHA-256</th><th>pairs</th><th>makes</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div><p>Data, by SHA-256:</p><ul>{data}</ul>"
     )
 
@@ -504,9 +272,10 @@ def _captions(run: Run) -> dict[str, tuple[str, str]]:
         "draw_training": (
             "Training",
             "Lines: training, as logged. Single points: held-out prompts. Rewards, margin and loss start afresh in each "
-            "iteration, as the opponent is then the model itself; the loss starts at ℓ(0) (log 2 for the logistic loss). "
-            "The log-probs of generated answers should fall; those of real answers may fall a little too, which is no "
-            "harm as long as their held-out negative log-likelihood (NLL) does not rise. Accuracy on training pairs soon means memory.",
+            "iteration, as the opponent is then the model itself; the loss starts at ℓ(0), log 2 for the logistic loss. The "
+            "reward of generated answers should fall, and that of real answers rise. Where both fall, look at the negative "
+            "log-likelihood (NLL) of held-out real answers: harm is done when that rises. Accuracy on training pairs soon "
+            "means memory.",
         ),
         "draw_iterations": (
             "Iterations",
@@ -527,7 +296,7 @@ def _captions(run: Run) -> dict[str, tuple[str, str]]:
         "draw_changes": (
             "What each iteration did to the real answers",
             "Change of their log-prob per token from one opponent to the next. Right of the line, a real answer has become "
-            "more likely.",
+            "more likely. An iteration stands here once the next one has begun.",
         ),
     }
 
@@ -582,7 +351,7 @@ def write_report(output_dir: str | Path) -> Path:
     finished = sum(bool(iteration.record) for iteration in run.iterations)
     planned = len(run.settings.get("beta", [])) or "?"
     versions = ", ".join(f"{name} {run.versions[name]}" for name in ("trl-spin", "trl") if name in run.versions)
-    notes = "".join(f"<li>{text(note)}</li>" for note in run.notes)
+    notes = "".join(f"<li>{_prose(note)}</li>" for note in run.notes)
     page = "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
@@ -591,8 +360,7 @@ def write_report(output_dir: str | Path) -> Path:
             f"<title>{title}</title><style>{_CSS}</style></head><body>",
             f'<h1>{title}</h1><p class="meta">{finished} of {planned} iterations finished. '
             f"{text(versions)}. Written {datetime.now():%Y-%m-%d %H:%M}.</p>",
-            f'<ul class="notes">{notes}</ul>' if notes else "",
-            _verdicts(run),
+            f'<p>To know:</p><ul class="notes">{notes}</ul>' if notes else "",
             _warnings(run),
             f"<h2>Summary</h2>{_summary(run)}",
             *sections,
