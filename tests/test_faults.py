@@ -419,6 +419,17 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch, caplog):
     assert "the whole run may need" in caplog.text
 
 
+@pytest.mark.parametrize(("learning_rate", "lost"), [(5e-7, True), (1e-2, False)])
+def test_updates_that_bfloat16_rounds_away_are_warned_of(tmp_path, caplog, learning_rate, lost):
+    model = make_model(make_tokenizer()).to(torch.bfloat16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trainer = make_trainer(tmp_path, model=model, learning_rate=learning_rate, max_steps=2)
+    trainer.train()
+    assert ("rounds away" in caplog.text) == lost
+    changed = [(v != before[k]).float().mean().item() for k, v in trainer.model.state_dict().items()]
+    assert (sum(changed) / len(changed) < 0.5) == lost
+
+
 # ---- Hostile rows, by number in the list of faults ----
 
 USER, ANSWER = {"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Blue."}

@@ -103,6 +103,17 @@ def test_shortcuts_and_collapse_are_named_with_the_remedy(pairs, message):
         assert re.search(message, warnings), warnings
 
 
+def test_pairs_that_are_not_played_say_nothing_of_generated_answers():
+    pairs = make_pairs(texts(8, 0), texts(8, 1), real_nll=2.0)
+    # As the trainer stores them: twice the real answer's log-prob
+    unplayed = [
+        row | {"played": False, "ref_generated_logps": row["ref_real_logps"]} for row in pairs.select(range(50))
+    ]
+    mixed = Dataset.from_list([*unplayed, *pairs.select(range(50, 100))], features=PAIR_FEATURES)
+    described = describe_game(mixed)
+    assert (described["nll_real"], described["nll_generated"], described["auc_logps"]) == (2.0, 1.0, 0.0)
+
+
 # ---- Held-out prompts ----
 
 

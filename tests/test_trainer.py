@@ -506,6 +506,12 @@ def test_values_per_iteration(tmp_path):
     assert args.per_iteration("beta") == [0.1, 0.2]
 
 
+@pytest.mark.parametrize("name", ["train", "a/b"])
+def test_names_of_evaluation_datasets(tmp_path, name):
+    with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
+        make_trainer(tmp_path, eval_dataset={name: make_dataset(3)})
+
+
 def test_datasets_that_cannot_be_played_are_refused(model, tokenizer, dataset, tmp_path):
     def build(**kwargs):
         SPINTrainer(model, args=make_args(tmp_path), processing_class=tokenizer, **kwargs)

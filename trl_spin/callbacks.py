@@ -45,7 +45,7 @@ from .game import (
 )
 from .generation import generate, length_sorted_batches, map_batches, row_seed
 from .model_card import RECORD
-from .preflight import check_disk, make_plan
+from .preflight import check_disk, make_plan, warn_of_lost_updates
 from .resume import explain_out_of_memory, explain_write_error, library_versions, on_main_process, weights_fingerprint
 from .signals import describe_game, find_warnings
 from .spin_config import SPINConfig
@@ -94,6 +94,7 @@ class SelfPlayCallback(TrainerCallback):
         if self.trainer.is_world_process_zero():
             tqdm.write(plan)
         on_main_process(self.trainer.accelerator, check_disk, args.output_dir, next_iteration, whole_run)
+        warn_of_lost_updates(self.trainer)
         self.rehearse()
         if args.dry_run:
             raise DryRun

@@ -129,3 +129,28 @@ def check_disk(output_dir: str, next_iteration: float, whole_run: float):
             f"`output_dir` ({output_dir}) has {_short(free)}B of free space, but the whole run may need "
             f"{_short(whole_run)}B."
         )
+
+
+@torch.no_grad()
+def warn_of_lost_updates(trainer: "SPINTrainer"):
+    """
+    Warns if the weights are trained in bfloat16 and the learning rate is so small that most updates round away. An Adam-like
+    optimizer moves a weight by about the learning rate, and bfloat16 keeps a change of a weight w only if it is larger than
+    |w|/512.
+
+    Args:
+        trainer ([`SPINTrainer`]):
+            Trainer, with its model prepared for training.
+    """
+    trained = [p for p in trainer.model.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+    total = sum(p.numel() for p in trained)
+    if total == 0 or trainer.is_deepspeed_enabled:  # which keeps weights in float32 beside them
+        return
+    learning_rate = max(trainer.args.per_iteration("learning_rate"))
+    lost = sum((p.abs() > 512 * learning_rate).sum().item() for p in trained) / total
+    if lost > 0.5:
+        logger.warning(
+            f"The model is trained in bfloat16 with a learning rate of {learning_rate:g}: for {lost:.0%} of its weights a "
+            "step of this size rounds away. Load it in float32 and compute in bfloat16 (`dtype='float32'`, `bf16=True`), "
+            "train an adapter, or raise the learning rate."
+        )

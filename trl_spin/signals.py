@@ -116,10 +116,11 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
 
     real, generated = pairs["real_ids"][:], pairs["generated_ids"][:]
     lengths = {"real": [len(ids) for ids in real], "generated": [len(ids) for ids in generated]}
-    per_token = {
-        side: [logps / max(1, n) for logps, n in zip(pairs[f"ref_{side}_logps"], lengths[side], strict=True)]
-        for side in lengths
-    }
+    # A pair that is not played is scored as twice the real answer, so its generated one has no log-prob of its own
+    played = pairs["played"][:]
+    logps = {side: [v for v, p in zip(pairs[f"ref_{side}_logps"], played, strict=True) if p] for side in lengths}
+    scored = {side: [n for n, p in zip(lengths[side], played, strict=True) if p] for side in lengths}
+    per_token = {side: [v / max(1, n) for v, n in zip(logps[side], scored[side], strict=True)] for side in lengths}
     return {
         "mean_length_real": mean(lengths["real"]),
         "mean_length_generated": mean(lengths["generated"]),
@@ -134,7 +135,7 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
         "identical": mean(pairs["identical"]),
         "played": mean(pairs["played"]),
         "nll_real": -sum(pairs["ref_real_logps"]) / sum(lengths["real"]),
-        "nll_generated": -sum(pairs["ref_generated_logps"]) / max(1, sum(lengths["generated"])),
+        "nll_generated": -sum(logps["generated"]) / max(1, sum(scored["generated"])),
         "auc_length": auc(lengths["real"], lengths["generated"]),
         "auc_first_token": first_token_auc(pairs),
         "auc_logps": auc(per_token["real"], per_token["generated"]),

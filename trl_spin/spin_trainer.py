@@ -31,6 +31,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import trl.trainer.dpo_trainer
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from bitsandbytes.nn import Linear4bit
@@ -216,8 +217,12 @@ class SPINTrainer(DPOTrainer):
                 )
             eval_dataset = train_dataset
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        if "train" in eval_datasets:
-            raise ValueError("An evaluation dataset cannot be called 'train'. Rename it in `eval_dataset`.")
+        for name in eval_datasets:
+            if name == "train" or Path(name).name != name:
+                raise ValueError(
+                    f"An evaluation dataset cannot be called {name!r}: its game is kept in files of this name, beside those "
+                    "of 'train'. Rename it in `eval_dataset`."
+                )
         for name, dataset in {"train": train_dataset, **eval_datasets}.items():
             _check_dataset(dataset, name)
         if eval_dataset is train_dataset and args.held_out_size:
@@ -252,19 +257,20 @@ class SPINTrainer(DPOTrainer):
         # The Trainer does this too, but too late for a new adapter's random weights
         set_seed(args.seed)
 
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with _no_model_hash():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
 
         if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
             # DPOTrainer copies a given adapter for use as a fixed reference
@@ -946,6 +952,18 @@ class SPINTrainer(DPOTrainer):
             model_name=model_name,
         )
         path.write_text(card)
+
+
+@contextmanager
+def _no_model_hash():
+    # DPOTrainer hashes all weights to recognize log-probs that it has cached (trl 1.16): a minute for a model of 7B. Self-play
+    # caches none
+    hash_module = trl.trainer.dpo_trainer.hash_module
+    trl.trainer.dpo_trainer.hash_module = lambda model: ""
+    try:
+        yield
+    finally:
+        trl.trainer.dpo_trainer.hash_module = hash_module
 
 
 def _check_forward(model: PreTrainedModel | PeftModel):
