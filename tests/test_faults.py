@@ -338,8 +338,9 @@ def test_out_of_memory_names_the_option(tmp_path, monkeypatch, function, option)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(function, out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError, match=f"(?s)Out of memory in .*`{option}.*2.00 GiB"):
+    with pytest.raises(torch.OutOfMemoryError, match=f"(?s)Out of memory in .*`{option}.*2.00 GiB") as error:
         make_trainer(tmp_path).train()
+    assert str(error.value).count("Out of memory in") == 1
 
 
 @pytest.mark.parametrize("full", ["self_play/iteration-1/train-00000.parquet.tmp", "checkpoint-8/optimizer.pt"])

@@ -134,6 +134,8 @@ def test_rows_are_held_out_by_an_option(tmp_path):
         assert low < value + 1e-6 and value < high + 1e-6 and low < high
     with pytest.raises(ValueError, match=r"`held_out_size` \(20\) leaves nothing of the 20"):
         make_trainer(tmp_path / "all", dataset=dataset, held_out_size=20)
+    with pytest.raises(ValueError, match="both say what is held out"):
+        make_trainer(tmp_path / "both", dataset=dataset, held_out_size=2, eval_dataset=dataset)
 
 
 @pytest.mark.parametrize("option", ["early_stopping", "load_best_iteration_at_end"])

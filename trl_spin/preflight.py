@@ -70,6 +70,8 @@ def make_plan(trainer: "SPINTrainer") -> tuple[str, float, float]:
         # The newest ones, the one at which the iteration began, and the one that is being written
         num_checkpoints = num_saves if not args.save_total_limit else min(num_saves, args.save_total_limit + 2)
     disk = num_iterations * (model_size + game_size) + num_checkpoints * checkpoint_size
+    if args.reference_alpha < 1 or args.load_best_iteration_at_end:
+        disk += model_size  # the model that self-play starts from
     next_iteration = model_size + game_size + min(2, num_checkpoints) * checkpoint_size
 
     left_out = sum(trainer.left_out["train"].values())

@@ -193,7 +193,8 @@ def explain_out_of_memory(phase: str, remedy: str):
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        explained = str(error).startswith("Out of memory in ")  # by the phase inside this one
+        if not explained and (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise torch.OutOfMemoryError(f"Out of memory in {phase}. {remedy}\n{error}") from error
         raise
 

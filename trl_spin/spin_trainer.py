@@ -210,7 +210,11 @@ class SPINTrainer(DPOTrainer):
             raise ValueError("`train_dataset` is required: the SFT data whose answers the model learns to prefer.")
         # Rows of the dataset that are used, if not all of them
         self._subsets: dict[str, list[int]] = {}
-        if eval_dataset is None and args.held_out_size:
+        if args.held_out_size:
+            if eval_dataset is not None:
+                raise ValueError(
+                    f"`held_out_size={args.held_out_size}` and `eval_dataset` both say what is held out: give one of them."
+                )
             if isinstance(train_dataset, Dataset) and args.held_out_size >= len(train_dataset):
                 raise ValueError(
                     f"`held_out_size` ({args.held_out_size}) leaves nothing of the {len(train_dataset)} training rows."
@@ -225,7 +229,7 @@ class SPINTrainer(DPOTrainer):
                 )
         for name, dataset in {"train": train_dataset, **eval_datasets}.items():
             _check_dataset(dataset, name)
-        if eval_dataset is train_dataset and args.held_out_size:
+        if args.held_out_size:
             shuffled = random.Random(args.seed).sample(range(len(train_dataset)), len(train_dataset))
             self._subsets = {
                 "eval": sorted(shuffled[: args.held_out_size]),
