@@ -436,7 +436,8 @@ def test_batches_are_grouped_and_the_longest_comes_first(tmp_path):
 
     def run(name, **kwargs):
         batches.clear()
-        trainer = make_trainer(tmp_path / name, dataset=make_dataset(40), per_device_train_batch_size=2, **kwargs)
+        dataset = make_dataset(40).map(lambda row, i: {"messages": lengthen(row["messages"], i)}, with_indices=True)
+        trainer = make_trainer(tmp_path / name, dataset=dataset, per_device_train_batch_size=2, **kwargs)
         compute_loss = trainer.compute_loss
 
         def watch(model, inputs, *args, **kwargs):
@@ -450,7 +451,17 @@ def test_batches_are_grouped_and_the_longest_comes_first(tmp_path):
         ratios = [ratio for ratio in ratios if ratio is not None]
         return sum(ratios) / len(ratios)
 
+    def lengthen(messages, i):
+        return [messages[0], {**messages[1], "content": messages[1]["content"] * (1 + 7 * (i % 5))}]
+
     grouped = run("grouped")
     assert max(batches[0]) == max(map(max, batches[:20])) and max(batches[20]) == max(map(max, batches[20:]))
     assert grouped < run("random", train_sampling_strategy="random")
-    assert max(batches[0]) < max(map(max, batches[:20]))
+
+
+def test_short_rows_stay_mixed():
+    """Answers that were cut short are spread over the steps, as in a random order."""
+    lengths = np.full(6400, 24)
+    lengths[:320] = 20
+    order = np.array(list(LengthGroupedSampler(SimpleNamespace(lengths=lambda: lengths, epoch=0), 64, seed=0)))
+    assert (lengths[order].reshape(-1, 64) == 20).sum(axis=1).max() < 16
