@@ -18,6 +18,9 @@ import itertools
 import json
 import random
 import re
+import sys
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -266,6 +269,19 @@ def test_completions_are_logged_as_text(tmp_path):
     assert table["generated"].tolist() == tokenizer.batch_decode(pairs["generated_ids"][:], skip_special_tokens=True)
     assert table["real"][1] == "1 2" and table["row"].tolist() == pairs["row"][:]
     assert (tmp_path / "completions" / "eval-00000.parquet").is_file()
+
+
+def test_completions_go_to_the_trackers(tmp_path, monkeypatch):
+    logged = []
+    trackio = SimpleNamespace(
+        log=logged.append, Table=lambda dataframe: dataframe, __spec__=ModuleSpec("trackio", None)
+    )
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    trainer = make_trainer(tmp_path, log_completions=True)
+    trainer.args.report_to = ["trackio", "tensorboard"]
+    trainer.train()
+    assert [list(entry) for entry in logged] == [["completions/train"]] * 2
+    assert logged[1]["completions/train"].equals(pandas.read_parquet(tmp_path / "completions" / "train-00001.parquet"))
 
 
 def test_what_was_logged_lies_beside_the_games(tmp_path):

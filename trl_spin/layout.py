@@ -203,8 +203,9 @@ def supports_shared_prefix(model: PreTrainedModel | PeftModel) -> str | None:
 class LengthGroupedSampler(Sampler[int]):
     """
     Puts pairs of similar length into the same step, in an order that is random all the same: the rows are shuffled, cut
-    into mega-batches of 50 steps, sorted there by length (in spans of 32 tokens, so that short rows stay mixed) and cut into steps, and the steps are shuffled. The step with
-    the longest row goes first, so that running out of memory happens at once.
+    into mega-batches of 50 steps, sorted there by length (in spans of 32 tokens, so that short rows stay mixed) and cut
+    into steps, and the steps are shuffled. The step with the longest row goes first, so that running out of memory
+    happens at once.
 
     The order depends on the seed, the epoch and the lengths, and on nothing that was drawn before. It is made when an
     epoch begins, as the lengths change with the answers.
