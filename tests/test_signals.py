@@ -18,8 +18,6 @@ import itertools
 import json
 import random
 import re
-import sys
-from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
 import pandas
