@@ -271,10 +271,9 @@ def test_completions_are_logged_as_text(tmp_path):
 
 def test_completions_go_to_the_trackers(tmp_path, monkeypatch):
     logged = []
-    trackio = SimpleNamespace(
-        log=logged.append, Table=lambda dataframe: dataframe, __spec__=ModuleSpec("trackio", None)
-    )
-    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    trackio = SimpleNamespace(log=logged.append, Table=lambda dataframe: dataframe)
+    import_module = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name: trackio if name == "trackio" else import_module(name))
     trainer = make_trainer(tmp_path, log_completions=True)
     trainer.args.report_to = ["trackio", "tensorboard"]
     trainer.train()
