@@ -14,6 +14,7 @@
 
 """What is measured, shown and said of a game, and when it ends."""
 
+import importlib
 import itertools
 import json
 import random
