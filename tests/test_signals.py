@@ -274,7 +274,11 @@ def test_completions_go_to_the_trackers(tmp_path, monkeypatch):
     logged = []
     trackio = SimpleNamespace(log=logged.append, Table=lambda dataframe: dataframe)
     import_module = importlib.import_module
-    monkeypatch.setattr(importlib, "import_module", lambda name: trackio if name == "trackio" else import_module(name))
+    monkeypatch.setattr(
+        importlib,
+        "import_module",
+        lambda name, *package: trackio if name == "trackio" else import_module(name, *package),
+    )
     trainer = make_trainer(tmp_path, log_completions=True)
     trainer.args.report_to = ["trackio", "tensorboard"]
     trainer.train()
