@@ -160,6 +160,7 @@ def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
         per_device_eval_batch_size=256,
         precompute_ref_batch_size=256,
         max_completion_length=MAX_COMPLETION_LENGTH,
+        train_sampling_strategy="random",  # all rows are about as long, there is nothing to group
         warmup_steps=0.1,
         seed=seed,
         **(COMMON | {"logging_strategy": "steps", "logging_steps": 10}),
