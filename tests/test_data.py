@@ -274,6 +274,7 @@ def test_any_conversation_keeps_the_invariants(name, conversations):
                 **row,
                 **dict.fromkeys(("truncated", "empty", "identical", "played"), False),
                 **{"opponent": 0, "generated_ids": [], "ref_real_logps": 0.0, "ref_generated_logps": 0.0},
+                **{"base_real_logps": None, "base_generated_logps": None},
             }
             for row in prepared
         ],
