@@ -14,6 +14,11 @@
 
 import os
 
+
+# Before torch is imported: with models as small as these, threads wait for each other longer than they compute
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # every test makes what it needs; a lookup on the Hub is a fault
+
 import pytest
 import torch
 from datasets import Dataset
@@ -22,8 +27,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_spin import SPINConfig, SPINTrainer
 
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # every test makes what it needs; a lookup on the Hub is a fault
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
