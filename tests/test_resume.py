@@ -253,11 +253,9 @@ def test_a_killed_run_ends_like_one_that_was_left_alone(tmp_path, straight, kind
     "kind, point",
     [
         ("full", "while a shard is written"),
-        ("full", "in the scoring pass"),
         ("full", "in the middle of an epoch"),
         ("lora", "between store and swap"),
         ("lora", "while a checkpoint is written"),
-        ("lora", "at the end of an iteration"),
     ],
 )
 def test_killed_runs_of_two_processes(tmp_path, straight, kind, point):
@@ -268,21 +266,28 @@ def test_killed_runs_of_two_processes(tmp_path, straight, kind, point):
 
 @pytest.mark.parametrize("kind, world_size", [("full", 1), ("lora", 1), ("lora", 2)])
 def test_a_run_that_is_killed_again_and_again(tmp_path, straight, kind, world_size):
-    """At random accesses to its files, of which it makes one and a half times as many as it is allowed to survive."""
+    """At random accesses to its files."""
     expected = straight(kind, world_size)
     num_events = straight.results[kind, world_size]["events"]
     moments = random.Random(f"{kind}{world_size}")
     killed = [
         run(tmp_path, kind, world_size, file_event=moments.randrange(num_events // 8, num_events // 2))
-        for _ in range(5)
+        for _ in range(5 if world_size == 1 else 2)
     ]
     assert {-signal.SIGKILL} in killed
     assert run(tmp_path, kind, world_size) == {0}
     assert result(tmp_path) | {"events": None} == expected
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("point", ["within a batch of generation", "in the scoring pass", "in the middle of an epoch"])
+@pytest.mark.parametrize(
+    "point, world_size",
+    [
+        ("within a batch of generation", 1),
+        ("within a batch of generation", 2),
+        ("in the scoring pass", 1),
+        ("in the middle of an epoch", 2),
+    ],
+)
 def test_sigterm_stops_all_processes_and_loses_nothing(tmp_path, straight, point, world_size):
     """Also when one process alone gets it, as here."""
     assert run(tmp_path, "full", world_size, point, signum=signal.SIGTERM) == {128 + signal.SIGTERM}
