@@ -204,6 +204,8 @@ def run(
     """A run of real processes. As a launcher does, it kills the others when one dies. Returns the exit codes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_resume"])
+    # The fork server of Python 3.11 does not take over `sys.path`: it would preload nothing, and every process import torch
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
