@@ -42,14 +42,15 @@ from .game import (
     store_game,
     with_logps,
     write_answers,
+    write_json,
 )
 from .generation import generate, length_sorted_batches, map_batches, row_seed
 from .model_card import RECORD
 from .preflight import check_disk, make_plan, warn_of_lost_updates
 from .resume import explain_out_of_memory, explain_write_error, library_versions, on_main_process, weights_fingerprint
-from .signals import describe_game, find_warnings
+from .signals import describe_game, find_warnings, metric_prefix
 from .spin_config import SPINConfig
-from .watching import Watcher, metric_prefix, write_json
+from .watching import Watcher
 
 
 if TYPE_CHECKING:

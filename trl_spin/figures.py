@@ -23,6 +23,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .signals import metric_prefix
+
 
 if TYPE_CHECKING:
     from .run_files import Run
@@ -94,7 +96,7 @@ def draw_training(run: "Run") -> Figure | None:
                 (line,) = ax.plot(steps, values, **(look | {"marker": marker}))
                 handles.setdefault(f"{side}, training" if side else "training", line)
             for i, name in enumerate(run.held_out()):
-                steps, values = run.series(run.prefix(name) + key, 0, math.inf)
+                steps, values = run.series(metric_prefix(name) + key, 0, math.inf)
                 if steps:
                     held_out = SERIES[1 + i % (len(SERIES) - 1)] | ({"color": look["color"]} if side else {})
                     held_out |= {
@@ -139,9 +141,9 @@ def draw_iterations(run: "Run") -> Figure | None:
     for title, key in {"accuracy at the end": "rewards/accuracies", "margin at the end": "rewards/margins"}.items():
         lines = {}
         for name in names:
-            values = [iteration.record.get(run.prefix(name) + key) for iteration in run.iterations]
+            values = [iteration.record.get(metric_prefix(name) + key) for iteration in run.iterations]
             ends = [
-                [iteration.record.get(f"{run.prefix(name)}{key}_{end}") for iteration in run.iterations]
+                [iteration.record.get(f"{metric_prefix(name)}{key}_{end}") for iteration in run.iterations]
                 for end in ("low", "high")
             ]
             lines[name] = (numbers, values, ends)

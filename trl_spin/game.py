@@ -37,7 +37,7 @@ from datasets.table import InMemoryTable
 
 logger = get_logger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, PROBES, HISTORY = "manifest.json", "probes.json", "log_history.json"
 SCHEMA_VERSION = 1
 _SHARD_ROWS = 10_000
 # One row per pair. `row` is the index in the user's dataset, `opponent` the iteration whose model generated the answer.
@@ -349,8 +349,7 @@ def store_game(output_dir: str, iteration: int, games: dict[str, Dataset], manif
                 pyarrow.parquet.write_table(table, file)
             shards.append({"dataset": name, "file": path.name, "rows": len(table), "sha256": _sha256(path)})
     manifest = {"schema_version": SCHEMA_VERSION, "iteration": iteration, **manifest, "shards": shards}
-    with atomic_open(directory / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode())
+    write_json(directory / MANIFEST, manifest)
     for path in directory.glob("answers-*"):
         shutil.rmtree(path)
 
@@ -455,3 +454,17 @@ def atomic_open(path: Path):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any):
+    """
+    Writes a JSON file, complete or not at all.
+
+    Args:
+        path (`Path`):
+            File.
+        content (`Any`):
+            JSON-serializable content.
+    """
+    with atomic_open(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode())

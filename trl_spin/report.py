@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from .game import atomic_open
 from .run_files import Run, is_number, read_run
+from .signals import metric_prefix
 
 
 _CSS = """
@@ -158,7 +159,7 @@ def summary_rows(run: Run) -> list[tuple[str, list[str]]]:
     }
     add_metrics("Training, as logged last", at_end)
     for name in run.held_out():
-        prefix = run.prefix(name)
+        prefix = metric_prefix(name)
         own = {
             key.removeprefix(prefix): None
             for i in run.iterations
@@ -176,7 +177,7 @@ def summary_rows(run: Run) -> list[tuple[str, list[str]]]:
         titles = {title: f"self_play/{key}" for title, key in game.items()}
         if name == "train":
             titles |= {"NLL of real answers": "self_play/nll_real"}
-        add_metrics(f"Answers of the opponent ({name})", titles, run.prefix(name))
+        add_metrics(f"Answers of the opponent ({name})", titles, metric_prefix(name))
     return rows
 
 

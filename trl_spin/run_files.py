@@ -26,8 +26,9 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from .game import load_game, read_manifest
+from .game import HISTORY, PROBES, load_game, read_manifest
 from .model_card import RECORD
+from .signals import metric_prefix
 
 
 @dataclass
@@ -87,11 +88,6 @@ class Run:
     def held_out(self) -> list[str]:
         return [name for name in self.datasets if name != "train"]
 
-    @staticmethod
-    def prefix(name: str) -> str:
-        """What stands before the metrics of a dataset."""
-        return {"train": "", "eval": "eval_"}.get(name, f"eval_{name}_")
-
     @cached_property
     def _starts(self) -> dict[int, float]:
         # Step at which each iteration began, as logged. The rest of the first one's steps come after it
@@ -126,9 +122,9 @@ class Run:
         values = {name: {} for name in self.datasets}
         for iteration in self.iterations:
             for name in values:
-                before = iteration.manifest["metrics"].get(f"{self.prefix(name)}self_play/nll_real")
+                before = iteration.manifest["metrics"].get(f"{metric_prefix(name)}self_play/nll_real")
                 # In training it is an average over the iteration
-                after = iteration.record.get(f"{self.prefix(name)}nll/real") if name != "train" else None
+                after = iteration.record.get(f"{metric_prefix(name)}nll/real") if name != "train" else None
                 if is_number(before):
                     values[name][iteration.number - 1] = before
                 if is_number(after):
@@ -178,7 +174,7 @@ def read_run(output_dir: str | Path) -> Run:
 
     for number in _numbers(directory.glob("iteration-*")):
         manifest = _attempt(run, read_manifest, str(run.output_dir), number)
-        probes = _read_json(run, directory / f"iteration-{number}" / "probes.json", [])
+        probes = _read_json(run, directory / f"iteration-{number}" / PROBES, [])
         if probes:
             run.probes[number] = probes
         if manifest is None:
@@ -214,7 +210,7 @@ def read_run(output_dir: str | Path) -> Run:
     if not run.probes:
         run.notes.append("There are no probes.")
 
-    run.log_history = _read_json(run, directory / "log_history.json", [])
+    run.log_history = _read_json(run, directory / HISTORY, [])
     if not run.log_history:
         checkpoints = [run.output_dir / f"checkpoint-{n}" for n in _numbers(run.output_dir.glob("checkpoint-*"))]
         for checkpoint in checkpoints:

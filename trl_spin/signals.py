@@ -216,3 +216,8 @@ def judge(before: float, after: float, name: str, greater_is_better: bool) -> tu
     """
     fine = after >= before if greater_is_better else after <= before
     return fine, f"{name} {before:.4g} -> {after:.4g}: {'helped' if fine else 'hurt'}"
+
+
+def metric_prefix(name: str) -> str:
+    """What stands before the metrics of a dataset."""
+    return {"train": "", "eval": "eval_"}.get(name, f"eval_{name}_")

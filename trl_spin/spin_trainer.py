@@ -56,7 +56,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .callbacks import DryRun, SelfPlayCallback
 from .data import find_end_token_ids, prepare_dataset
-from .game import GAME_COLUMNS, GameCollator, GameDataset, atomic_open
+from .game import GAME_COLUMNS, GameCollator, GameDataset, atomic_open, write_json
 from .layout import LengthGroupedSampler, forward_shared, supports_shared_prefix
 from .model_card import add_self_play_section, read_records
 from .objectives import MARGIN_LOSSES, OBJECTIVES, mix_reference, t_spin
@@ -482,8 +482,7 @@ class SPINTrainer(DPOTrainer):
 
         def write():
             content = {"schema_version": 1, "settings": self._settings(), "versions": library_versions()}
-            with atomic_open(self._run_file) as file:
-                file.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
+            write_json(self._run_file, content)
 
         with explain_write_error(Path(self.args.output_dir)):
             on_main_process(self.accelerator, write)

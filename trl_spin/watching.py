@@ -17,7 +17,7 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas
 from accelerate.logging import get_logger
@@ -25,17 +25,15 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .display import show_table
-from .game import atomic_open, iteration_dir, read_manifest
+from .game import HISTORY, PROBES, atomic_open, iteration_dir, read_manifest, write_json
 from .model_card import iteration_rows, read_records
-from .signals import judge
+from .signals import judge, metric_prefix
 
 
 if TYPE_CHECKING:
     from .spin_trainer import SPINTrainer
 
 logger = get_logger(__name__)
-
-PROBES, HISTORY = "probes.json", "log_history.json"
 
 
 class Watcher:
@@ -218,16 +216,6 @@ class Watcher:
                 f"{model}."
             )
         return best
-
-
-def write_json(path: Path, content: Any):
-    with atomic_open(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
-
-
-def metric_prefix(name: str) -> str:
-    """What stands before the metrics of a dataset."""
-    return {"train": "", "eval": "eval_"}.get(name, f"eval_{name}_")
 
 
 def _shorten(text: str, width: int = 300) -> str:
