@@ -14,6 +14,7 @@
 
 """Prefix-shared rows against DPOTrainer's padded layout, and batches of similar length."""
 
+import copy
 import logging
 import math
 import random
@@ -79,7 +80,8 @@ CONFIGS = {
 
 def make_random_model(name, **kwargs):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name], **kwargs).eval()
+    # A copy: `from_config` writes the dtype and the attention implementation into the config
+    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), **kwargs).eval()
 
 
 def make_batch(seed=0):
