@@ -45,6 +45,7 @@ from .game import (
     write_json,
 )
 from .generation import generate, length_sorted_batches, map_batches, row_seed
+from .memory import MemoryEstimate, plan_memory
 from .model_card import RECORD
 from .preflight import check_disk, make_plan, warn_of_lost_updates
 from .resume import explain_out_of_memory, explain_write_error, library_versions, on_main_process, weights_fingerprint
@@ -91,12 +92,12 @@ class SelfPlayCallback(TrainerCallback):
     def on_train_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         for game in self.trainer.games.values():
             game.pairs = []
-        plan, next_iteration, whole_run = make_plan(self.trainer)
+        memory = self.rehearse()
+        plan, next_iteration, whole_run = make_plan(self.trainer, memory)
         if self.trainer.is_world_process_zero():
             tqdm.write(plan)
         on_main_process(self.trainer.accelerator, check_disk, args.output_dir, next_iteration, whole_run)
         warn_of_lost_updates(self.trainer)
-        self.rehearse()
         if args.dry_run:
             raise DryRun
         self.trainer.write_run()
@@ -180,13 +181,17 @@ class SelfPlayCallback(TrainerCallback):
                 f"{self.trainer.self_play_iteration}, whose model is not kept as an iteration."
             )
 
-    def rehearse(self):
+    def rehearse(self) -> MemoryEstimate | None:
         """
         Sends the longest and the shortest row through generation, scoring and the loss of a training step, with a few
-        tokens, and chooses the layout of the batches. Random state and metrics are as before.
+        tokens, chooses the layout of the batches, and plans the memory. Random state and metrics are as before.
+
+        Returns:
+            [`~memory.MemoryEstimate`] or `None`: See [`~memory.plan_memory`].
         """
         trainer, args = self.trainer, copy.copy(self.trainer.args)
         args.max_completion_length = min(args.max_completion_length, _REHEARSAL_TOKENS)
+        args.generation_token_budget = args.generation_token_budget or 1
         args.disable_tqdm = True
         rows = trainer.games["train"].rows
         lengths = [len(prompt) + len(real) for prompt, real in zip(rows["prompt_ids"], rows["real_ids"], strict=True)]
@@ -198,6 +203,11 @@ class SelfPlayCallback(TrainerCallback):
             pairs = self._answer("train", rows, 0, args, desc="Rehearsal")
             trainer.model_wrapped.eval()
             trainer.choose_layout([GameDataset.serve(pair) for pair in pairs])
+            if trainer.args.generation_token_budget is None:  # a run that is resumed goes on in the same batches
+                budget = on_main_process(trainer.accelerator, trainer.recorded_token_budget)
+                trainer.args.generation_token_budget = budget
+            longest = max(pairs, key=lambda pair: len(pair["prompt_ids"]) + len(pair["real_ids"]))
+            memory = plan_memory(trainer, GameDataset.serve(longest))
             logps = self._score("train", pairs, args)
             pairs = with_logps(with_logps(pairs, "ref", logps), "base", logps)
             trainer.begin_iteration(0)
@@ -211,6 +221,7 @@ class SelfPlayCallback(TrainerCallback):
             trainer.model_wrapped.train(training)
         trainer.reset_metrics("train")
         trainer._total_train_tokens = num_tokens
+        return memory
 
     def _request(self, iteration: int) -> dict[str, Any]:
         """All that the game of an iteration depends on."""

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.logging import get_logger
 
+from .memory import MemoryEstimate
 from .resume import existing
+from .spin_config import SPINConfig
 
 
 if TYPE_CHECKING:
@@ -30,13 +32,15 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def make_plan(trainer: "SPINTrainer") -> tuple[str, float, float]:
+def make_plan(trainer: "SPINTrainer", memory: MemoryEstimate | None) -> tuple[str, float, float]:
     """
     What a run will do and need.
 
     Args:
         trainer ([`SPINTrainer`]):
             Trainer, with its model prepared for training.
+        memory ([`~memory.MemoryEstimate`] or `None`):
+            Memory that training needs, if it could be estimated.
 
     Returns:
         `tuple[str, float, float]`: Text for people, and disk space in bytes, at most: for the next iteration, and in all.
@@ -55,11 +59,12 @@ def make_plan(trainer: "SPINTrainer") -> tuple[str, float, float]:
     num_generated = num_prompts * num_iterations
 
     # An iteration's model is saved as it is in memory, an adapter alone where there is one. A checkpoint adds the
-    # optimizer, two numbers per trained weight for Adam and less for others.
+    # optimizer
     model_size = sum(_numel(p) * p.element_size() for p in (trainable if adapter else parameters))
     checkpoint_size = model_size
     if not args.save_only_model:
-        checkpoint_size += 2 * sum(_numel(p) * p.element_size() for p in trainable)
+        trained_size = sum(_numel(p) * p.element_size() for p in trainable)
+        checkpoint_size += 2 * trained_size if memory is None else memory.optimizer
     # Token ids of a pair, which Parquet packs to well under four bytes each
     game_size = 4 * (prompts + answers + len(rows) * args.max_completion_length) * (1 + args.opponent_history)
     num_checkpoints = 0
@@ -84,12 +89,25 @@ def make_plan(trainer: "SPINTrainer") -> tuple[str, float, float]:
         "iterations": f"{num_iterations}, passes in each: {schedule}, steps in a pass: {trainer.steps_per_epoch:,}; "
         f"{trainer.state.max_steps:,} steps in all, {trainer.state.global_step:,} of them done",
         "generation": f"{num_generated:,} answers of up to {args.max_completion_length:,} tokens, at most "
-        f"{_short(num_generated * args.max_completion_length)} tokens",
+        f"{_short(num_generated * args.max_completion_length)} tokens, in batches of {args.generation_token_budget:,}",
+        "memory": _describe_memory(args, memory),
         "disk": f"at most about {_short(disk)}B in {args.output_dir}: {num_iterations} models of {_short(model_size)}B, "
         f"{num_checkpoints} checkpoints of {_short(checkpoint_size)}B, {num_iterations} games of {_short(game_size)}B",
     }
     text = "Self-play plan\n" + "\n".join(f"  {title:<12}{line}" for title, line in lines.items())
     return text, next_iteration, disk
+
+
+def _describe_memory(args: SPINConfig, memory: MemoryEstimate | None) -> str:
+    checkpointing = f"gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}"
+    if memory is None:
+        return f"not estimated, as the model is spread over several devices; {checkpointing}"
+    parts = {name: _short(getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations")}
+    return (
+        f"training needs up to {_short(memory.peak)}B of {_short(memory.available)}B, if its largest batch is of the longest "
+        f"rows: weights {parts['weights']}B, gradients {parts['gradients']}B, optimizer {parts['optimizer']}B, activations "
+        f"{parts['activations']}B, temporary {_short(memory.temporary)}B; {checkpointing}"
+    )
 
 
 def _short(number: float) -> str:

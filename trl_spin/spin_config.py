@@ -176,10 +176,11 @@ class SPINConfig(DPOConfig):
             Additional keyword arguments for [`~transformers.GenerationConfig`], such as `suppress_tokens`.
         cache_implementation (`str`, *optional*):
             Implementation of the cache used by `generate`.
-        generation_token_budget (`int`, *optional*, defaults to `16384`):
+        generation_token_budget (`int`, *optional*):
             Size of a generation batch on each device: number of answers times the longest prompt plus
-            `max_completion_length`. Lower it if generation runs out of memory. The answers do not depend on it, up to
-            the rounding of the log-probs.
+            `max_completion_length`. By default, what is estimated to fit the memory, which is kept in
+            `self_play/run.json` for when the run is resumed. Lower it if generation runs out of memory. The answers do
+            not depend on it, up to the rounding of the log-probs.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
             Whether to gather the weights for generation under DeepSpeed ZeRO-3: faster, but they must fit one device.
         truncated_completions (`str`, *optional*, defaults to `"keep"`):
@@ -207,6 +208,8 @@ class SPINConfig(DPOConfig):
     > - `num_train_epochs`: Defaults to `2` instead of `3`, and counts passes per iteration.
     > - `beta`: Defaults to `1.0` instead of `0.1`.
     > - `precompute_ref_log_probs`: `True`, the only value that SPIN accepts.
+    > - `gradient_checkpointing`: Defaults to `None` instead of `True`: off if training is estimated to fit the memory
+    >   without it, and on otherwise, and where the model is spread over several devices.
     > - `hub_strategy`: `"end"`, the only value that SPIN accepts.
     > - `train_sampling_strategy`: `"group_by_length"` instead of `"random"`: pairs of similar length share a batch, in
     >   an order that is random all the same, and the longest come first. `"random"` and `"sequential"` pad more.
@@ -242,6 +245,14 @@ class SPINConfig(DPOConfig):
     precompute_ref_log_probs: bool = field(
         default=True,
         metadata={"help": "Always `True`: SPIN scores the reference once per iteration, with the policy itself."},
+    )
+
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to compute activations anew in the backward pass, which saves memory and costs about a third "
+            "more time. By default, only if training is estimated not to fit the memory without it."
+        },
     )
 
     hub_strategy: HubStrategy | str = field(
@@ -454,12 +465,13 @@ class SPINConfig(DPOConfig):
     cache_implementation: str | None = field(
         default=None, metadata={"help": "Implementation of the cache used by `generate`."}
     )
-    generation_token_budget: int = field(
-        default=16384,
+    generation_token_budget: int | None = field(
+        default=None,
         metadata={
             "help": "Size of a generation batch on each device: number of answers times the longest prompt plus "
-            "`max_completion_length`. Lower it if generation runs out of memory. The answers do not depend on it, up "
-            "to the rounding of the log-probs."
+            "`max_completion_length`. By default, what is estimated to fit the memory, which is kept in "
+            "`self_play/run.json` for when the run is resumed. Lower it if generation runs out of memory. The answers do "
+            "not depend on it, up to the rounding of the log-probs."
         },
     )
     ds3_gather_for_generation: bool = field(
@@ -519,8 +531,11 @@ class SPINConfig(DPOConfig):
 
         # The parent class fills a DeepSpeed config with the learning rate, which must be a number there.
         learning_rate, self.learning_rate = self.learning_rate, self.per_iteration("learning_rate")[0]
+        undecided = self.gradient_checkpointing is None and self.activation_checkpointing is None
         super().__post_init__()
         self.learning_rate = learning_rate
+        if undecided:  # which the parent class takes for `False`
+            self.gradient_checkpointing = self.activation_checkpointing = None
 
         for name, (accepted, reason) in _FIXED_OPTIONS.items():
             if getattr(self, name) != accepted:
@@ -538,7 +553,7 @@ class SPINConfig(DPOConfig):
         if self.temperature < 0:
             raise ValueError(f"`temperature` must be 0 (greedy) or positive, got {self.temperature}.")
         for name in ("max_completion_length", "generation_token_budget"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("held_out_size", "num_probes"):
             if getattr(self, name) < 0:

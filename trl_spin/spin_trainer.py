@@ -477,11 +477,25 @@ class SPINTrainer(DPOTrainer):
                 )
         return choose_checkpoint(self.args, resume_from_checkpoint, self.accelerator.num_processes)
 
+    def recorded_token_budget(self) -> int | None:
+        """
+        Returns:
+            `int` or `None`: `generation_token_budget` of the run that is resumed.
+        """
+        if not self._run_file.is_file():
+            return None
+        return json.loads(self._run_file.read_text(encoding="utf-8")).get("generation_token_budget")
+
     def write_run(self):
         """Writes down what the run depends on, to compare with when it is resumed."""
 
         def write():
-            content = {"schema_version": 1, "settings": self._settings(), "versions": library_versions()}
+            content = {
+                "schema_version": 1,
+                "settings": self._settings(),
+                "generation_token_budget": self.args.generation_token_budget,
+                "versions": library_versions(),
+            }
             write_json(self._run_file, content)
 
         with explain_write_error(Path(self.args.output_dir)):
