@@ -297,3 +297,10 @@ def test_a_run_with_continuous_batching(tmp_path, tokenizer, kind):
     assert all(weights[name] is weight for name, weight in trainer.model.named_parameters())
     manifests = [read_manifest(str(tmp_path / "run"), t) for t in range(2)]
     assert [manifest["engine"] for manifest in manifests] == ["continuous_batching"] * 2
+
+
+def test_a_run_is_resumed_with_another_engine(tmp_path):
+    make_trainer(tmp_path, num_self_play_iterations=1, save_strategy="epoch").train()
+    make_trainer(tmp_path, save_strategy="epoch", **CONTINUOUS).train(resume_from_checkpoint=True)
+    engines = [read_manifest(str(tmp_path), iteration)["engine"] for iteration in range(2)]
+    assert engines == ["generate", "continuous_batching"]
