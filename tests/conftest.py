@@ -23,7 +23,13 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from trl_spin import SPINConfig, SPINTrainer
 
@@ -64,6 +70,12 @@ def make_model(tokenizer, seed: int = 0, **config) -> LlamaForCausalLM:
         )
     )
     return model.eval()
+
+
+def load_in_4bit(path):
+    """A saved model, of a width that is a multiple of 64: so many weights are quantized together."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype="bfloat16")
 
 
 def make_dataset(num_rows: int = 12) -> Dataset:

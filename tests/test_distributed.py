@@ -29,8 +29,8 @@ from trl_spin import SPINTrainer
 from trl_spin.game import load_game
 
 
-def play(output_dir, lora: bool, batch_size: int):
-    tokenizer = make_tokenizer()
+def play(output_dir, kind: str, batch_size: int, **options):
+    lora, tokenizer = kind == "lora", make_tokenizer()
     SPINTrainer(
         make_model(tokenizer),
         args=make_args(
@@ -41,7 +41,10 @@ def play(output_dir, lora: bool, batch_size: int):
             learning_rate=1e-2,
             generation_token_budget=200,
             # Pairs that are not played fall on the processes unevenly
-            truncated_completions="keep" if lora else "drop",
+            truncated_completions="drop" if kind == "full" else "keep",
+            # At 0, all engines give the same answers
+            temperature=0.0 if kind == "continuous" else 1.0,
+            **options,
         ),
         train_dataset=make_dataset(16),
         eval_dataset=make_dataset(5),
@@ -50,9 +53,9 @@ def play(output_dir, lora: bool, batch_size: int):
     ).train()
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "continuous"])
 def test_two_processes_play_the_same_game_as_one(tmp_path, kind):
-    play(tmp_path / "one", kind == "lora", batch_size=4)
+    play(tmp_path / "one", kind, batch_size=4)
     result = subprocess.run(
         [
             sys.executable,
@@ -78,11 +81,12 @@ def test_two_processes_play_the_same_game_as_one(tmp_path, kind):
                 assert pair == other
                 assert logps[0] == pytest.approx(logps[1], abs=1e-3)
         played = one["train"]["played"][:]
-        assert all(played) if kind == "lora" else 0 < sum(played) < len(played)
+        assert all(played) if kind != "full" else 0 < sum(played) < len(played)
     name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
     one, two = (load_file(tmp_path / run / "iteration-1" / name) for run in ("one", "two"))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
 
 
 if __name__ == "__main__":
-    play(sys.argv[1], sys.argv[2] == "lora", batch_size=2)
+    kind = sys.argv[2]
+    play(sys.argv[1], kind, batch_size=2, use_transformers_continuous_batching=kind == "continuous")

@@ -328,7 +328,7 @@ def test_a_model_that_overflows_does_not_start(tmp_path):
 @pytest.mark.parametrize(
     "function, option",
     [
-        ("trl_spin.generation.generate_batch", "generation_token_budget"),
+        ("transformers.GenerationMixin.generate", "generation_token_budget"),
         ("trl_spin.spin_trainer.SPINTrainer.compute_ref_log_probs", "precompute_ref_batch_size"),
         ("trl_spin.spin_trainer.SPINTrainer.training_step", "gradient_checkpointing"),
     ],

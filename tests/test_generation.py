@@ -17,12 +17,18 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_args, make_dataset, make_model, make_tokenizer
+from conftest import first_losses, load_in_4bit, make_args, make_dataset, make_model, make_tokenizer, make_trainer
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LogitsProcessorList
 
 from trl_spin import SPINTrainer
-from trl_spin.generation import generate, generate_batch, length_sorted_batches, row_seed, sampling_processors
+from trl_spin.engines import sampling_processors
+from trl_spin.game import read_manifest
+from trl_spin.generation import even_batches, generate, length_sorted_batches, row_seed
 from trl_spin.resume import StopSignal
+
+
+CONTINUOUS = {"use_transformers_continuous_batching": True}
 
 
 def answer(model, tokenizer, prompts, tmp_path, seeds=None, max_length=None, end_token_ids=None, **kwargs):
@@ -78,14 +84,16 @@ def test_a_sample_depends_on_its_seed_alone(model, tokenizer, prompts, tmp_path)
     assert together != answer(model, tokenizer, prompts, tmp_path, seeds=[row_seed(1, i) for i in range(5)])
 
 
-def test_end_tokens_and_limits(tokenizer, prompts, tmp_path):
+@pytest.mark.parametrize("engine", [{}, CONTINUOUS], ids=["generate", "continuous_batching"])
+def test_end_tokens_and_limits(tokenizer, prompts, tmp_path, engine):
     model = make_model(tokenizer)
     eos, other_eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"])
     model.lm_head.weight.data.zero_()
     bias = torch.full((len(tokenizer),), -20.0)
     bias[[eos, other_eos, *range(6)]] = 0.0  # one token in four is an end token, of either kind
     model.lm_head.bias = torch.nn.Parameter(bias)
-    answers = answer(model, tokenizer, prompts * 8, tmp_path, end_token_ids=[eos, other_eos], max_completion_length=6)
+    ends = {"end_token_ids": [eos, other_eos], **engine}
+    answers = answer(model, tokenizer, prompts * 8, tmp_path, max_completion_length=6, **ends)
     last_tokens = {a["generated_ids"][-1] for a in answers if not a["truncated"]}
     assert last_tokens == {eos, other_eos}
     for a in answers:
@@ -94,7 +102,7 @@ def test_end_tokens_and_limits(tokenizer, prompts, tmp_path):
         assert a["truncated"] == (a["generated_ids"][-1] not in (eos, other_eos))
     assert any(a["truncated"] for a in answers)
     # `max_length` holds for prompt plus answer, row by row
-    answers = answer(model, tokenizer, prompts * 8, tmp_path, end_token_ids=[eos, other_eos], max_length=27)
+    answers = answer(model, tokenizer, prompts * 8, tmp_path, max_length=27, **ends)
     assert all(len(a["prompt_ids"]) + len(a["generated_ids"]) <= 27 for a in answers)
     assert max(len(a["generated_ids"]) for a in answers if len(a["prompt_ids"]) > 20) == 1
 
@@ -165,11 +173,134 @@ def test_batches_are_sorted_by_length_and_keep_the_budget():
     assert length_sorted_batches([500], lambda longest: 0) == [[0]]
 
 
+def test_large_batches_are_even():
+    assert even_batches(5, 2) == [[0, 2, 4], [1, 3]]
+    assert even_batches(1, 4) == [[0]]
+    batches = even_batches(50_000, 8)  # 6250 rows for each process: two rounds
+    assert len(batches) == 16 and {len(batch) for batch in batches} == {3125}
+    assert sorted(sum(batches, [])) == list(range(50_000))
+
+
 def test_prompts_come_back_as_the_model_saw_them(model, tokenizer, prompts, tmp_path):
-    args = make_args(tmp_path)
-    config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
-    seen, stop = [], StopSignal(Accelerator(cpu=True))
+    seen = []
     model.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["input_ids"]), with_kwargs=True)
-    answers = generate_batch(model, config, sampling_processors(args, [1] * 5, model.device), stop, prompts, [3] * 5)
-    for row, a, prompt in zip(seen[0], answers, prompts, strict=True):
-        assert a["prompt_ids"] == prompt == [t for t in row.tolist() if t != tokenizer.pad_token_id]
+    answers = answer(model, tokenizer, prompts, tmp_path, max_completion_length=3)
+    assert [a["prompt_ids"] for a in answers] == prompts
+    rows = [[t for t in row.tolist() if t != tokenizer.pad_token_id] for row in seen[0]]
+    assert sorted(rows) == sorted(prompts)
+
+
+# ---- Continuous batching ----
+
+
+def with_adapter(model):
+    return get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_continuous_batching_is_generate(tokenizer, prompts, tmp_path, attention, adapter):
+    model = make_model(tokenizer, attn_implementation=attention)
+    without = answer(model, tokenizer, prompts, tmp_path, temperature=0.0)
+    if adapter:
+        model = with_adapter(model)
+    model.train()
+    model.generation_config.suppress_tokens = list(range(200))
+    rng = torch.get_rng_state()
+    expected = answer(model, tokenizer, prompts * 9, tmp_path, temperature=0.0)  # more rows than go in at once
+    assert answer(model, tokenizer, prompts * 9, tmp_path, temperature=0.0, **CONTINUOUS) == expected
+    assert (expected[:5] != without) == adapter
+    assert all(module.training for module in model.modules())
+    assert model.config._attn_implementation == attention
+    assert model.generation_config.suppress_tokens == list(range(200))
+    answer(model, tokenizer, prompts, tmp_path, **CONTINUOUS)
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}, {"temperature": 1.5, "top_k": 4}],
+    ids=lambda o: str(o),
+)
+def test_continuous_batching_follows_the_processed_distribution(model, tokenizer, prompts, tmp_path, options):
+    num_samples = 2_000
+    answers = answer(
+        model,
+        tokenizer,
+        prompts[1:2] * num_samples,
+        tmp_path,
+        max_completion_length=1,
+        **options,
+        use_transformers_continuous_batching=True,
+        transformers_continuous_batching_config={"max_requests_per_batch": 200},
+    )
+    counts = torch.tensor([a["generated_ids"][0] for a in answers]).bincount(minlength=len(tokenizer)) / num_samples
+    processors = LogitsProcessorList(sampling_processors(make_args(tmp_path, **options), [0], model.device)[:-1])
+    with torch.no_grad():
+        expected = processors(None, model(torch.tensor(prompts[1:2])).logits[:, -1]).softmax(dim=-1)[0]
+    # The order of the draws depends on time, so that no seed makes this test deterministic: 6 standard errors
+    assert ((counts - expected).abs() <= 6 * (expected * (1 - expected) / num_samples).sqrt() + 2 / num_samples).all()
+    assert (counts[expected == 0] == 0).all()
+    assert 0.5 * (counts - expected).abs().sum() < 0.2
+
+
+def test_continuous_batching_draws_anew_for_other_seeds(model, tokenizer, prompts, tmp_path):
+    def sample(seed):
+        return answer(model, tokenizer, prompts, tmp_path, seeds=[row_seed(seed, i) for i in range(5)], **CONTINUOUS)
+
+    assert sample(0) != sample(1)
+
+
+def test_continuous_batching_that_fails_says_so(model, tokenizer, prompts, tmp_path):
+    config = {"num_blocks": 1, "page_size": 16, "max_batch_tokens": 16}
+    with pytest.raises(ValueError, match=r"(?s)failed on 5 of 5 prompts: .*`num_blocks`.*unset"):
+        answer(
+            model,
+            tokenizer,
+            [prompt * 20 for prompt in prompts],
+            tmp_path,
+            use_transformers_continuous_batching=True,
+            transformers_continuous_batching_config=config,
+        )
+    with pytest.raises(TypeError, match="no_such_option"):
+        answer(
+            model,
+            tokenizer,
+            prompts,
+            tmp_path,
+            use_transformers_continuous_batching=True,
+            transformers_continuous_batching_config={"no_such_option": 1},
+        )
+
+
+@pytest.mark.parametrize("kind", ["float32", "bf16", "lora", "qlora"])
+def test_a_run_with_continuous_batching(tmp_path, tokenizer, kind):
+    model, options = make_model(tokenizer, hidden_size=64), {}
+    if kind == "qlora":
+        model.save_pretrained(tmp_path / "base")
+        model = load_in_4bit(tmp_path / "base")
+    if kind.endswith("lora"):
+        options = {"peft_config": LoraConfig(target_modules="all-linear")}
+    options["bf16"] = kind in ("bf16", "qlora")
+    trainer = make_trainer(
+        tmp_path / "run",
+        model=model,
+        eval_dataset=make_dataset(4),
+        use_transformers_continuous_batching=True,
+        transformers_continuous_batching_config='{"page_size": 16}',
+        **options,
+    )
+    weights = dict(trainer.model.named_parameters())
+    trainer.train()
+    assert first_losses(trainer) == pytest.approx([0.6931, 0.6931], abs=1e-3 if not options["bf16"] else 0.02)
+    # The very weights, in their own precision: copies in another one are gone
+    assert all(weights[name] is weight for name, weight in trainer.model.named_parameters())
+    manifests = [read_manifest(str(tmp_path / "run"), t) for t in range(2)]
+    assert [manifest["engine"] for manifest in manifests] == ["continuous_batching"] * 2
+
+
+def test_a_run_is_resumed_with_another_engine(tmp_path):
+    make_trainer(tmp_path, num_self_play_iterations=1, save_strategy="epoch").train()
+    make_trainer(tmp_path, save_strategy="epoch", **CONTINUOUS).train(resume_from_checkpoint=True)
+    engines = [read_manifest(str(tmp_path), iteration)["engine"] for iteration in range(2)]
+    assert engines == ["generate", "continuous_batching"]

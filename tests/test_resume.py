@@ -34,7 +34,7 @@ from conftest import make_args, make_dataset, make_model, make_tokenizer
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
 
-from trl_spin import SelfPlayCallback, SPINTrainer, callbacks, game, generation
+from trl_spin import SelfPlayCallback, SPINTrainer, callbacks, engines, game, generation
 from trl_spin.game import read_manifest
 
 
@@ -84,8 +84,8 @@ def arm(point: str) -> list[TrainerCallback]:
         case "while a shard is written":
             game.os.replace = kill_at(2, replace, lambda a, b: in_iteration_1(b) and "answers" in str(b))
         case "within a batch of generation":
-            call = generation.SampleByRow.__call__
-            generation.SampleByRow.__call__ = kill_at(45, call, after=True)
+            call = engines.SampleByRow.__call__
+            engines.SampleByRow.__call__ = kill_at(45, call, after=True)
         case "in the scoring pass":
             SPINTrainer.compute_ref_log_probs = kill_at(
                 3, SPINTrainer.compute_ref_log_probs, lambda trainer, *a: trainer.state.global_step == 6

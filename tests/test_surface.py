@@ -24,7 +24,7 @@ import trl.trainer.utils
 from bitsandbytes.nn import Linear4bit
 from conftest import make_args, make_dataset, make_model, make_tokenizer
 from huggingface_hub import HfApi, RepoUrl
-from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments
+from trl import DPOConfig, DPOTrainer, GRPOConfig, ModelConfig, ScriptArguments
 
 import trl_spin
 from trl_spin import SPINConfig, SPINTrainer
@@ -65,7 +65,21 @@ ADDED_FIELDS = {
     "temperature",
     "top_k",
     "top_p",
+    "transformers_continuous_batching_config",
     "truncated_completions",
+    "use_transformers_continuous_batching",
+    "use_vllm",
+    "vllm_enable_sleep_mode",
+    "vllm_gpu_memory_utilization",
+    "vllm_group_port",
+    "vllm_max_model_length",
+    "vllm_mode",
+    "vllm_model_impl",
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_tensor_parallel_size",
     "write_report",
 }
 # Methods of DPOTrainer and Trainer, public or not, that SPINTrainer overrides and that they must go on calling. TRL
@@ -120,6 +134,34 @@ def test_added_options():
     assert added == ADDED_FIELDS
     for other in (ModelConfig, ScriptArguments):  # the command line could not tell them apart
         assert not added & set(other.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in ADDED_FIELDS if "vllm" in name or "continuous" in name))
+def test_engine_options_are_those_of_grpo(name):
+    assert SPINConfig.__dataclass_fields__[name].default == GRPOConfig.__dataclass_fields__[name].default
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"use_vllm": True, "use_transformers_continuous_batching": True}, "are both set"),
+        ({"use_vllm": True, "vllm_mode": "remote"}, "must be 'colocate' or 'server', got 'remote'"),
+        ({"vllm_server_port": 1}, "`vllm_server_port=1` means nothing to .*'generate'"),
+        ({"use_vllm": True, "vllm_server_port": 1}, "`vllm_server_port=1` .*'vllm', `vllm_mode='colocate'`"),
+        ({"use_vllm": True, "vllm_mode": "server", "vllm_enable_sleep_mode": True}, "`vllm_enable_sleep_mode=True`"),
+        ({"use_vllm": True, "cache_implementation": "static"}, "`cache_implementation='static'`"),
+        ({"use_vllm": True, "generation_kwargs": {"stop": ["a"], "seed": 1}}, r"\['seed', 'stop'\].*Remove them"),
+        ({"transformers_continuous_batching_config": {"num_blocks": 8}}, "`transformers_continuous_batching_config="),
+        ({"use_transformers_continuous_batching": True, "repetition_penalty": 1.1}, "`repetition_penalty=1.1`"),
+        (
+            {"use_transformers_continuous_batching": True, "generation_kwargs": {"suppress_tokens": [1]}},
+            "`generation_kwargs=.*'continuous_batching'",
+        ),
+    ],
+)
+def test_options_that_an_engine_does_not_honour_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **options)
 
 
 @pytest.mark.parametrize("name", sorted(ADDED_FIELDS | {"beta", "learning_rate", "loss_type", "num_train_epochs"}))

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from conftest import (
     assert_loss_and_gradient,
     first_losses,
+    load_in_4bit,
     logp,
     make_args,
     make_dataset,
@@ -34,7 +35,6 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     LlamaForCausalLM,
     TrainerCallback,
 )
@@ -186,11 +186,6 @@ def test_empty_and_identical_answers_are_counted_and_contribute_nothing(tmp_path
 
 def make_wide_model():
     return make_model(make_tokenizer(), hidden_size=64)  # blocks of 64 weights are quantized together
-
-
-def load_in_4bit(path):
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype="bfloat16")
 
 
 @pytest.fixture(params=["full", "lora", "qlora", "adapter"])

@@ -30,6 +30,7 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
+from .engines import forked_rng
 from .game import (
     PAIR_FEATURES,
     GameDataset,
@@ -196,10 +197,8 @@ class SelfPlayCallback(TrainerCallback):
         rows = trainer.games["train"].rows
         lengths = [len(prompt) + len(real) for prompt, real in zip(rows["prompt_ids"], rows["real_ids"], strict=True)]
         rows = rows.select(sorted({lengths.index(max(lengths)), lengths.index(min(lengths))}))
-        device = trainer.accelerator.device
-        fork = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
         num_tokens, training = trainer._total_train_tokens, trainer.model_wrapped.training
-        with torch.random.fork_rng(**fork), torch.no_grad():
+        with forked_rng(trainer.accelerator.device), torch.no_grad():
             pairs = self._answer("train", rows, 0, args, desc="Rehearsal")
             trainer.model_wrapped.eval()
             trainer.choose_layout([GameDataset.serve(pair) for pair in pairs])
@@ -352,6 +351,7 @@ class SelfPlayCallback(TrainerCallback):
             desc=desc,
             answered=answered,
             commit=commit,
+            vllm=trainer.vllm_generation if args.use_vllm else None,
         )
         return Dataset.from_list(
             [
@@ -499,6 +499,7 @@ class SelfPlayCallback(TrainerCallback):
                 "model": f"iteration-{iteration - 1}" if iteration else trainer.base_model_id,
                 "fingerprint": request["opponent"],
             },
+            "engine": args.generation_engine,
             "left_out": trainer.left_out,
             "metrics": metrics,
             "warnings": warnings,
@@ -530,18 +531,22 @@ class SelfPlayCallback(TrainerCallback):
     def probe(self, iteration: int):
         """
         Lets the model answer a few fixed prompts, and shows it beside the earlier ones. The seeds are the same in every
-        iteration, so that only the model differs.
+        iteration, so that only the model differs; so they are answered by `generate`, whatever the engine.
 
         Args:
             iteration (`int`):
                 Self-play iteration that begins, or the number of iterations at the end of the game.
         """
         trainer, num_probes = self.trainer, self.trainer.args.num_probes
+        args = copy.copy(trainer.args)
+        args.use_transformers_continuous_batching = False
+        if args.use_vllm:
+            args.use_vllm, args.generation_kwargs = False, None  # which are vLLM's
         if num_probes and not on_main_process(trainer.accelerator, self.watcher.probe_path(iteration).is_file):
             name = trainer.judged_dataset
             rows = trainer.games[name].rows
             rows = rows.select(range(min(num_probes, len(rows))))
-            pairs = self._answer(f"{name} probes", rows, -1, trainer.args, desc="Probes")
+            pairs = self._answer(f"{name} probes", rows, -1, args, desc="Probes")
             self._write(self.watcher.write_probes, iteration, pairs)
         if trainer.is_world_process_zero():
             self.watcher.show(iteration)

@@ -12,52 +12,32 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The opponent's answers: sampling with transformers' `generate`, token ids in, token ids out."""
+"""The opponent's answers: which prompts go into which batch, and what becomes of the tokens that come back."""
 
-import copy
 import hashlib
+import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from trl.distributed import DistributedBackend
-from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import pad
 
-from .resume import StopRequested, StopSignal, explain_out_of_memory
+from .engines import open_continuous_batching, open_generate, open_vllm
+from .resume import StopRequested, StopSignal
 from .spin_config import SPINConfig
 
 
+if TYPE_CHECKING:
+    from trl.generation.vllm_generation import VLLMGeneration
+
 # A run that is killed while it generates loses at most this much work
 _COMMIT_SECONDS = 300
-
-# These act on sampling inside `generate`, which here only takes the argmax (see `SampleByRow`).
-_SAMPLING_KWARGS = {
-    "do_sample",
-    "num_beams",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "top_h",
-    "num_return_sequences",
-}
+# Engines that schedule their rows themselves want many at once: while the last of them end, there is little to do. But
+# only between batches are answers committed and signals heard
+_LARGE_BATCH = 4096
 
 
 def row_seed(*position: Any) -> int:
@@ -73,31 +53,6 @@ def row_seed(*position: Any) -> int:
     """
     digest = hashlib.sha256("/".join(map(str, position)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-class SampleByRow(LogitsProcessor):
-    r"""
-    Makes the argmax of the scores a sample from their softmax, with a random generator of its own for each row.
-
-    `argmax(scores - log(E))` with independent `E ~ Exp(1)` is an exact sample from `softmax(scores)` (the Gumbel-max
-    trick: `-log(E)` is Gumbel noise). As each row draws its noise from its own seed, its sample depends neither on the
-    rest of the batch, nor on the number of processes, nor on what was sampled before.
-
-    Args:
-        seeds (`list[int]`):
-            One seed per row of the batch.
-        device (`torch.device`):
-            Device of the scores.
-    """
-
-    def __init__(self, seeds: list[int], device: torch.device):
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise = torch.empty_like(scores)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores - noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_()
 
 
 def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) -> list[list[int]]:
@@ -120,6 +75,24 @@ def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) ->
         batches.append(order[:size])
         order = order[size:]
     return batches
+
+
+def even_batches(num_rows: int, num_processes: int) -> list[list[int]]:
+    """
+    Groups rows into large batches of about the same size, as many for each process.
+
+    Args:
+        num_rows (`int`):
+            Number of rows.
+        num_processes (`int`):
+            Number of processes.
+
+    Returns:
+        `list[list[int]]`: Indices of the rows in each batch.
+    """
+    rounds = math.ceil(num_rows / (num_processes * _LARGE_BATCH))
+    num_batches = min(num_rows, rounds * num_processes)
+    return [list(range(start, num_rows, num_batches)) for start in range(num_batches)]
 
 
 def map_batches(
@@ -194,147 +167,33 @@ def map_batches(
     return [results[i] for i in range(num_rows)]
 
 
-def generation_config(args: SPINConfig, end_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
+def finish_answer(
+    prompt_ids: list[int], generated_ids: list[int], limit: int, end_token_ids: list[int]
+) -> dict[str, Any]:
     """
-    Generation config of the opponent. It is complete: nothing is taken over from the model's own config, whose
-    sampling settings (a temperature of 0.6, say) would make the answers come from another distribution than p_θ.
+    Cuts an answer at its limit and at its first end token.
 
     Args:
-        args ([`SPINConfig`]):
-            Options of generation.
+        prompt_ids (`list[int]`):
+            Token ids of the prompt.
+        generated_ids (`list[int]`):
+            Token ids as they come from the engine, which goes on until the whole batch has ended.
+        limit (`int`):
+            Maximum number of tokens of the answer.
         end_token_ids (`list[int]`):
             Ids that end an answer.
-        pad_token_id (`int`):
-            Id that fills up finished rows.
 
     Returns:
-        [`~transformers.GenerationConfig`]: Generation config.
+        `dict[str, Any]`: The `prompt_ids`, the `generated_ids` as sampled, with an end token where one was sampled and
+        nowhere else, and whether the answer was `truncated`.
     """
-    kwargs = args.generation_kwargs or {}
-    unsupported = sorted(_SAMPLING_KWARGS & kwargs.keys())
-    if unsupported:
-        raise ValueError(
-            f"`generation_kwargs` holds {unsupported}, which self-play does not support: each prompt gets one answer, "
-            "sampled with `temperature`, `top_p`, `top_k` and `min_p`. Remove them."
-        )
-    return GenerationConfig(
-        **{
-            "do_sample": False,  # `SampleByRow` turns the argmax into a sample
-            "repetition_penalty": args.repetition_penalty,
-            "cache_implementation": args.cache_implementation,
-            "use_cache": True,
-            "eos_token_id": end_token_ids,
-            "pad_token_id": pad_token_id,
-            **kwargs,
-        }
-    )
-
-
-def sampling_processors(args: SPINConfig, seeds: list[int], device: torch.device) -> LogitsProcessorList:
-    """
-    Logits processors that sample with the given options, in the order in which `generate` applies them.
-
-    Args:
-        args ([`SPINConfig`]):
-            Options of generation.
-        seeds (`list[int]`):
-            One seed per row of the batch.
-        device (`torch.device`):
-            Device of the scores.
-
-    Returns:
-        [`~transformers.LogitsProcessorList`]: Logits processors; empty if `temperature` is 0.
-    """
-    processors = LogitsProcessorList()
-    if args.temperature == 0:
-        return processors
-    if args.temperature != 1:
-        processors.append(TemperatureLogitsWarper(args.temperature))
-    if args.top_k:
-        processors.append(TopKLogitsWarper(args.top_k))
-    if args.top_p < 1:
-        processors.append(TopPLogitsWarper(args.top_p))
-    if args.min_p is not None:
-        processors.append(MinPLogitsWarper(args.min_p))
-    processors.append(SampleByRow(seeds, device))
-    return processors
-
-
-class StopOnSignal(StoppingCriteria):
-    """
-    Ends `generate` at the next token once this process was told to stop.
-
-    Args:
-        stop_signal ([`StopSignal`]):
-            Signal that ends the run early.
-    """
-
-    def __init__(self, stop_signal: StopSignal):
-        self.stop_signal = stop_signal
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        stop = self.stop_signal.signum != 0
-        return torch.full((input_ids.size(0),), stop, dtype=torch.bool, device=input_ids.device)
-
-
-@torch.no_grad()
-def generate_batch(
-    model: PreTrainedModel,
-    config: GenerationConfig,
-    processors: LogitsProcessorList,
-    stop_signal: StopSignal,
-    prompts: list[list[int]],
-    max_new_tokens: list[int],
-) -> list[dict[str, Any]] | None:
-    """
-    Lets the model answer a batch of prompts.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model, in evaluation mode.
-        config ([`~transformers.GenerationConfig`]):
-            Generation config.
-        processors ([`~transformers.LogitsProcessorList`]):
-            Logits processors that sample.
-        stop_signal ([`StopSignal`]):
-            Signal that ends the run early.
-        prompts (`list[list[int]]`):
-            Token ids of the prompts.
-        max_new_tokens (`list[int]`):
-            Maximum number of tokens of each answer.
-
-    Returns:
-        `list[dict[str, Any]]` or `None`: For each prompt the `prompt_ids` that the model saw, the `generated_ids` as
-        sampled, with an end token where one was sampled and nowhere else, and whether the answer was `truncated`.
-        `None` if a signal cut the answers short.
-    """
-    device = model.device
-    config = copy.deepcopy(config)
-    config.max_new_tokens = max(max_new_tokens)
-    input_ids = pad([torch.tensor(ids) for ids in prompts], padding_value=config.pad_token_id, padding_side="left")
-    attention_mask = pad([torch.ones(len(ids), dtype=torch.long) for ids in prompts], padding_side="left")
-    sequences = model.generate(
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-        generation_config=config,
-        logits_processor=processors,
-        stopping_criteria=StoppingCriteriaList([StopOnSignal(stop_signal)]),
-    ).tolist()
-    if stop_signal.signum:
-        return None
-    width = input_ids.size(1)
-    answers = []
-    for sequence, prompt, limit in zip(sequences, prompts, max_new_tokens, strict=True):
-        generated = sequence[width : width + limit]
-        end = next((i for i, token in enumerate(generated) if token in config.eos_token_id), None)
-        answers.append(
-            {
-                "prompt_ids": sequence[width - len(prompt) : width],
-                "generated_ids": generated if end is None else generated[: end + 1],
-                "truncated": end is None,
-            }
-        )
-    return answers
+    generated_ids = generated_ids[:limit]
+    end = next((i for i, token in enumerate(generated_ids) if token in end_token_ids), None)
+    return {
+        "prompt_ids": prompt_ids,
+        "generated_ids": generated_ids if end is None else generated_ids[: end + 1],
+        "truncated": end is None,
+    }
 
 
 def generate(
@@ -350,10 +209,11 @@ def generate(
     desc: str,
     answered: dict[int, dict[str, Any]] | None = None,
     commit: Callable[[list[tuple[int, dict[str, Any]]]], None] | None = None,
+    vllm: "VLLMGeneration | None" = None,
 ) -> list[dict[str, Any]]:
     """
-    Lets the model answer all prompts. Model mode, gradient checkpointing and generation config are as before
-    afterwards.
+    Lets the model answer all prompts, with the engine that the options choose. Model mode, gradient checkpointing and
+    generation config are as before afterwards.
 
     Args:
         model (`torch.nn.Module`):
@@ -380,49 +240,38 @@ def generate(
             Answers that are there already, by index of the prompt.
         commit (`Callable`, *optional*):
             See [`map_batches`].
+        vllm (`VLLMGeneration`, *optional*):
+            TRL's interface to vLLM. Needed with `use_vllm`.
 
     Returns:
-        `list[dict[str, Any]]`: See [`generate_batch`]; one dict per prompt, in their order, on every process.
+        `list[dict[str, Any]]`: See [`finish_answer`]; one dict per prompt, in their order, on every process.
     """
-    config = generation_config(args, end_token_ids, pad_token_id)
     limits = [
         args.max_completion_length if max_length is None else min(args.max_completion_length, max_length - len(prompt))
         for prompt in prompts
     ]
-    batches = length_sorted_batches(
-        [len(prompt) for prompt in prompts],
-        lambda longest: args.generation_token_budget // (longest + args.max_completion_length),
-    )
-    was_training = model.training
-    with (
-        unwrap_model_for_generation(
-            model,
-            accelerator,
-            gather_deepspeed3_params=args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        ) as unwrapped_model,
-        DistributedBackend(accelerator).summon_full_params(model, recurse=False),
-        accelerator.autocast(),
-    ):
-        unwrapped_model.eval()
-        # `generate` fills gaps in `config` from the model's own config: leave it nothing to take
-        base_model = unwrapped_model.get_base_model() if isinstance(unwrapped_model, PeftModel) else unwrapped_model
-        own_config, base_model.generation_config = base_model.generation_config, GenerationConfig()
+    if args.generation_engine == "generate":
+        batches = length_sorted_batches(
+            [len(prompt) for prompt in prompts],
+            lambda longest: args.generation_token_budget // (longest + args.max_completion_length),
+        )
+        engine = open_generate(model, accelerator, stop_signal, args, end_token_ids, pad_token_id)
+    else:
+        batches = even_batches(len(prompts), accelerator.num_processes)
+        if args.generation_engine == "vllm":
+            engine = open_vllm(vllm, args)
+        else:
+            engine = open_continuous_batching(model, accelerator, args, end_token_ids, pad_token_id)
 
-        def answer(batch: list[int]) -> list[dict[str, Any]] | None:
-            processors = sampling_processors(args, [seeds[i] for i in batch], unwrapped_model.device)
-            with explain_out_of_memory("generation", "Lower `generation_token_budget`, here and on resume."):
-                return generate_batch(
-                    unwrapped_model,
-                    config,
-                    processors,
-                    stop_signal,
-                    [prompts[i] for i in batch],
-                    [limits[i] for i in batch],
-                )
+    with engine as answer:
 
-        try:
-            return map_batches(accelerator, stop_signal, batches, answer, desc, args.disable_tqdm, answered, commit)
-        finally:
-            base_model.generation_config = own_config
-            model.train(was_training)
+        def answer_batch(batch: list[int]) -> list[dict[str, Any]] | None:
+            generated = answer([prompts[i] for i in batch], [seeds[i] for i in batch], max(limits[i] for i in batch))
+            if generated is None:
+                return None
+            return [
+                finish_answer(prompts[i], generated_ids, limits[i], end_token_ids)
+                for i, generated_ids in zip(batch, generated, strict=True)
+            ]
+
+        return map_batches(accelerator, stop_signal, batches, answer_batch, desc, args.disable_tqdm, answered, commit)

@@ -68,6 +68,11 @@ _FREE_OPTIONS = {
     *("activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "ds3_gather_for_generation"),
     *("generation_token_budget", "precompute_ref_batch_size"),
+    # Engines draw from the same distribution
+    *("use_transformers_continuous_batching", "transformers_continuous_batching_config"),
+    *("use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url"),
+    *("vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
+    *("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size"),
     *(
         "num_probes",
         "log_completions",

@@ -60,6 +60,23 @@ _FIXED_OPTIONS = {
 }
 
 
+# Options that do something in one mode of vLLM only
+_VLLM_OPTIONS = {
+    "colocate": (
+        *("vllm_model_impl", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_max_model_length"),
+        "vllm_tensor_parallel_size",
+    ),
+    "server": (
+        *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
+    ),
+}
+# Arguments of vLLM's `SamplingParams` that would change what an answer is, or how it is sampled
+_RESERVED_BY_VLLM = {
+    *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"),
+    *("stop", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs"),
+}
+
+
 @dataclass
 class SPINConfig(DPOConfig):
     r"""
@@ -173,7 +190,8 @@ class SPINConfig(DPOConfig):
         repetition_penalty (`float`, *optional*, defaults to `1.0`):
             Penalty for tokens that appeared in the prompt and the answer so far. `1.0` means no penalty.
         generation_kwargs (`dict[str, Any]`, *optional*):
-            Additional keyword arguments for [`~transformers.GenerationConfig`], such as `suppress_tokens`.
+            Additional keyword arguments for [`~transformers.GenerationConfig`], such as `suppress_tokens`. With
+            `use_vllm`, for vLLM's `SamplingParams`, such as `frequency_penalty`.
         cache_implementation (`str`, *optional*):
             Implementation of the cache used by `generate`.
         generation_token_budget (`int`, *optional*):
@@ -189,6 +207,45 @@ class SPINConfig(DPOConfig):
             real answer to the same length, so that length alone does not tell the two apart.
         play_empty_completions (`bool`, *optional*, defaults to `False`):
             Whether pairs with an empty generated answer take part. They are counted in either case.
+
+        > Parameters that control the generation engine
+
+        use_transformers_continuous_batching (`bool`, *optional*, defaults to `False`):
+            Whether to answer with transformers' continuous batching instead of `generate`: a row that has ended makes
+            room for the next one. Samples then depend on what else is in the batch, and on its timing.
+        transformers_continuous_batching_config (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.ContinuousBatchingConfig`], such as `max_memory_percent`.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether to answer with vLLM instead of `generate`. Needs `pip install trl-spin[vllm]`. Samples then depend
+            on what else is in the batch.
+        vllm_mode (`str`, *optional*, defaults to `"colocate"`):
+            `'colocate'` runs vLLM in the training processes and on their GPUs, `'server'` asks a server that was
+            started with `vllm serve`.
+        vllm_model_impl (`str`, *optional*, defaults to `"vllm"`):
+            Implementation of the model in vLLM, `'vllm'` or `'transformers'`. With `vllm_mode='colocate'`.
+        vllm_enable_sleep_mode (`bool`, *optional*, defaults to `False`):
+            Whether vLLM gives its memory back while the model is trained. Waking up takes time. With
+            `vllm_mode='colocate'`.
+        vllm_server_base_url (`str`, *optional*):
+            URL of the vLLM server, such as `http://localhost:8000`, in place of `vllm_server_host` and
+            `vllm_server_port`.
+        vllm_server_host (`str`, *optional*, defaults to `"0.0.0.0"`):
+            Host of the vLLM server.
+        vllm_server_port (`int`, *optional*, defaults to `8000`):
+            Port of the vLLM server.
+        vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
+            Seconds to wait for the vLLM server to be up.
+        vllm_group_port (`int`, *optional*, defaults to `51216`):
+            Port over which the weights go to the vLLM server.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU's memory that vLLM takes. With `vllm_mode='colocate'`; a server has its own
+            `--gpu-memory-utilization`.
+        vllm_max_model_length (`int`, *optional*):
+            Longest prompt plus answer in vLLM. Defaults to `max_length`. With `vllm_mode='colocate'`; a server's
+            `--max-model-len` must hold the longest prompt plus `max_completion_length`.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            Number of GPUs that share one copy of the model in vLLM. With `vllm_mode='colocate'`; a server has its own
+            `--tensor-parallel-size`.
 
         > Parameters that control the logging
 
@@ -217,7 +274,11 @@ class SPINConfig(DPOConfig):
     >   kept beside them, and `0` keeps all.
     """
 
-    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["chat_template_kwargs", "generation_kwargs"]
+    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + [
+        "chat_template_kwargs",
+        "generation_kwargs",
+        "transformers_continuous_batching_config",
+    ]
 
     # Parameters whose default values are overridden from DPOConfig
     learning_rate: list[float] = field(
@@ -460,7 +521,10 @@ class SPINConfig(DPOConfig):
     )
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Additional keyword arguments for `GenerationConfig`, such as `suppress_tokens`."},
+        metadata={
+            "help": "Additional keyword arguments for `GenerationConfig`, such as `suppress_tokens`. With "
+            "`use_vllm`, for vLLM's `SamplingParams`, such as `frequency_penalty`."
+        },
     )
     cache_implementation: str | None = field(
         default=None, metadata={"help": "Implementation of the cache used by `generate`."}
@@ -493,6 +557,91 @@ class SPINConfig(DPOConfig):
     play_empty_completions: bool = field(
         default=False,
         metadata={"help": "Whether pairs with an empty generated answer take part. They are counted in either case."},
+    )
+
+    # Parameters that control the generation engine
+    use_transformers_continuous_batching: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to answer with transformers' continuous batching instead of `generate`: a row that has "
+            "ended makes room for the next one. Samples then depend on what else is in the batch, and on its "
+            "timing."
+        },
+    )
+    transformers_continuous_batching_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for `ContinuousBatchingConfig`, such as `max_memory_percent`."},
+    )
+    use_vllm: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to answer with vLLM instead of `generate`. Needs `pip install trl-spin[vllm]`. Samples "
+            "then depend on what else is in the batch."
+        },
+    )
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={
+            "help": "`'colocate'` runs vLLM in the training processes and on their GPUs, `'server'` asks a server that "
+            "was started with `vllm serve`."
+        },
+    )
+    vllm_model_impl: str = field(
+        default="vllm",
+        metadata={
+            "help": "Implementation of the model in vLLM, `'vllm'` or `'transformers'`. With `vllm_mode='colocate'`."
+        },
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether vLLM gives its memory back while the model is trained. Waking up takes time. With "
+            "`vllm_mode='colocate'`."
+        },
+    )
+    vllm_server_base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of the vLLM server, such as `http://localhost:8000`, in place of `vllm_server_host` and "
+            "`vllm_server_port`."
+        },
+    )
+    vllm_server_host: str = field(
+        default="0.0.0.0",
+        metadata={"help": "Host of the vLLM server."},
+    )
+    vllm_server_port: int = field(
+        default=8000,
+        metadata={"help": "Port of the vLLM server."},
+    )
+    vllm_server_timeout: float = field(
+        default=240.0,
+        metadata={"help": "Seconds to wait for the vLLM server to be up."},
+    )
+    vllm_group_port: int = field(
+        default=51216,
+        metadata={"help": "Port over which the weights go to the vLLM server."},
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3,
+        metadata={
+            "help": "Share of the GPU's memory that vLLM takes. With `vllm_mode='colocate'`; a server has its own "
+            "`--gpu-memory-utilization`."
+        },
+    )
+    vllm_max_model_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt plus answer in vLLM. Defaults to `max_length`. With `vllm_mode='colocate'`; a "
+            "server's `--max-model-len` must hold the longest prompt plus `max_completion_length`."
+        },
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Number of GPUs that share one copy of the model in vLLM. With `vllm_mode='colocate'`; a server has "
+            "its own `--tensor-parallel-size`."
+        },
     )
 
     # Parameters that control the logging
@@ -569,6 +718,48 @@ class SPINConfig(DPOConfig):
         if self.truncated_completions not in ("keep", "drop", "cut_real"):
             raise ValueError(
                 f"`truncated_completions` must be 'keep', 'drop' or 'cut_real', got {self.truncated_completions!r}."
+            )
+
+        self._check_engine()
+
+    @property
+    def generation_engine(self) -> str:
+        """What answers the prompts: `"generate"`, `"continuous_batching"` or `"vllm"`."""
+        if self.use_vllm:
+            return "vllm"
+        return "continuous_batching" if self.use_transformers_continuous_batching else "generate"
+
+    def _check_engine(self):
+        if self.use_vllm and self.use_transformers_continuous_batching:
+            raise ValueError(
+                "`use_vllm` and `use_transformers_continuous_batching` are both set, but one engine answers: set one."
+            )
+        if self.vllm_mode not in _VLLM_OPTIONS:
+            raise ValueError(f"`vllm_mode` must be 'colocate' or 'server', got {self.vllm_mode!r}.")
+        # An option that has no effect would be taken for one that has
+        applies = {
+            "cache_implementation": self.generation_engine == "generate",
+            # Of transformers' processors of logits, continuous batching drops those that need the tokens so far, and
+            # others go wrong (transformers 5.23)
+            "repetition_penalty": not self.use_transformers_continuous_batching,
+            "generation_kwargs": not self.use_transformers_continuous_batching,
+            "transformers_continuous_batching_config": self.use_transformers_continuous_batching,
+            "vllm_mode": self.use_vllm,
+        }
+        for mode, names in _VLLM_OPTIONS.items():
+            applies |= dict.fromkeys(names, self.use_vllm and self.vllm_mode == mode)
+        for name, does in applies.items():
+            if not does and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                vllm = f", `vllm_mode={self.vllm_mode!r}`" if self.use_vllm else ""
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` means nothing to the engine that answers "
+                    f"({self.generation_engine!r}{vllm}). Leave it unset."
+                )
+        kwargs = set(self.generation_kwargs or {})
+        if self.use_vllm and kwargs & _RESERVED_BY_VLLM:
+            raise ValueError(
+                f"`generation_kwargs` holds {sorted(kwargs & _RESERVED_BY_VLLM)}, which self-play sets itself for vLLM, "
+                "from options of their own and the end tokens of the chat template. Remove them."
             )
 
     def _check_objective(self):

@@ -24,7 +24,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .callbacks import DryRun, SelfPlayCallback
 from .data import find_end_token_ids, prepare_dataset
+from .engines import check_vllm, make_vllm_generation
 from .game import GAME_COLUMNS, GameCollator, GameDataset, atomic_open, write_json
 from .layout import LengthGroupedSampler, forward_shared, supports_shared_prefix
 from .model_card import add_self_play_section, read_records
@@ -249,6 +250,8 @@ class SPINTrainer(DPOTrainer):
                 "`compute_answer_metrics` needs held-out prompts: pass an `eval_dataset`, or set `held_out_size`."
             )
         self.compute_answer_metrics = compute_answer_metrics
+        if args.use_vllm:
+            check_vllm(args)
         if not isinstance(model, str):
             _check_forward(model)
         # Kept for the model card: what a saved iteration goes back to
@@ -279,6 +282,8 @@ class SPINTrainer(DPOTrainer):
         if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
             # DPOTrainer copies a given adapter for use as a fixed reference
             self.model.delete_adapter("ref")
+        if args.use_vllm:
+            check_vllm(args, self.model)
         for module in self.model.modules():
             # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first forward pass
             # in evaluation mode, and no gradient flows through them from then on: after generation, nothing would train
@@ -306,6 +311,11 @@ class SPINTrainer(DPOTrainer):
         self.add_callback(SelfPlayCallback(self))
         self.stop_signal = StopSignal(self.accelerator)
         self._start_fingerprint = weights_fingerprint(self.accelerator, self.model)
+
+    @cached_property
+    def vllm_generation(self):
+        """TRL's interface to vLLM, which is started at its first use: the rehearsal before the first iteration."""
+        return make_vllm_generation(self)
 
     # ---- Data ----
 
