@@ -56,10 +56,15 @@ def make_tokenizer(chat_template: str | None = CHATML, eos_token: str = "<|im_en
 def make_model(tokenizer, seed: int = 0, **config) -> LlamaForCausalLM:
     """Random Llama of 2 layers, 32 wide."""
     torch.manual_seed(seed)
-    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4} | config
+    config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    } | config
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
             num_key_value_heads=2,
             max_position_embeddings=512,
             initializer_range=0.2,

@@ -32,7 +32,7 @@ CONTINUOUS = {"use_transformers_continuous_batching": True}
 
 
 def answer(model, tokenizer, prompts, tmp_path, seeds=None, max_length=None, end_token_ids=None, **kwargs):
-    args, accelerator = make_args(tmp_path, **kwargs), Accelerator(cpu=True)
+    args, accelerator = make_args(tmp_path, **{"generation_token_budget": 4096} | kwargs), Accelerator(cpu=True)
     return generate(
         model,
         accelerator,

@@ -232,10 +232,12 @@ def _head_bytes(trainer: "SPINTrainer", pair: dict[str, Any]) -> float:
     """Logits that TRL's fused head computes anew in the backward pass, and the gradient of its weight."""
     head = trainer.model.get_output_embeddings()
     vocab, width = head.weight.shape
-    num_answer = len(pair["chosen_ids"]) + len(pair["rejected_ids"])
-    positions = min(trainer.args.per_device_train_batch_size * num_answer, TOKEN_CHUNK_SIZE)
-    device = trainer.accelerator.device
-    if trl.trainer.utils._use_triton(device):
+    prompt, real, generated = (len(pair[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
+    triton = trl.trainer.utils._use_triton(trainer.accelerator.device)
+    # Without Triton, DPOTrainer's layout has every position scored
+    scored = real + generated if triton or trainer._shares_prefix else 2 * (prompt + max(real, generated))
+    positions = min(trainer.args.per_device_train_batch_size * scored, TOKEN_CHUNK_SIZE)
+    if triton:
         logits = positions * trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE * 4
     else:
         logits = _HEAD_TILES * positions * min(vocab, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE) * 4

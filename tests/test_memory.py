@@ -1,0 +1,183 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The estimate of memory against what is measured, and the options that follow from it."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer, make_trainer
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from trl_spin import callbacks, memory
+from trl_spin.memory import optimizer_bytes
+
+
+# ---- The estimate ----
+
+CASES = {
+    "full": {"gradient_checkpointing": False},
+    "checkpointing": {"gradient_checkpointing": True},
+    "lora": {"peft_config": True, "bf16": True},
+    "padded": {"share_prefix": False, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+}
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process, now (`VmRSS`) or at most (`VmHWM`)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{kind}:"))
+    return 1024 * int(line.split()[1])
+
+
+class Peak(TrainerCallback):
+    """Measures the memory of training steps, from before the first to the end of the last."""
+
+    def __init__(self):
+        self.peak = 0
+
+    def on_step_begin(self, *args, **kwargs):
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def on_step_end(self, *args, **kwargs):
+        self.peak = max(self.peak, resident("VmHWM"))
+
+
+def measure(case: str, output_dir: str):
+    """Trains a model whose answers all run into their limit, and writes down what was estimated and what was measured."""
+    options = dict(CASES[case])
+    if options.pop("peft_config", False):
+        options["peft_config"] = LoraConfig(r=8, target_modules="all-linear")
+    tokenizer, peak, estimates = make_tokenizer(), Peak(), []
+    trainer = make_trainer(
+        output_dir,
+        tokenizer,
+        dataset=Dataset.from_list([{"prompt": "x" * 300, "completion": "y" * 150}] * 8),
+        model=make_model(tokenizer, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, vocab_size=4096),
+        callbacks=[peak],
+        num_self_play_iterations=1,
+        num_train_epochs=2,
+        max_completion_length=24,
+        generation_kwargs={"suppress_tokens": [tokenizer.eos_token_id]},
+        play_empty_completions=True,
+        num_probes=0,
+        **{"per_device_train_batch_size": 8} | options,
+    )
+    plan = callbacks.plan_memory
+    callbacks.plan_memory = lambda *args: estimates.append(plan(*args)) or estimates[0]
+    gc.collect()
+    before = resident("VmRSS")
+    trainer.train()
+    assert all(trainer.games["train"].pairs[0]["truncated"])
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    result = {"estimated": estimates[0].peak, "measured": peak.peak - before + weights}
+    Path(output_dir, "result.json").write_text(json.dumps(result))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux")
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_close_to_what_training_takes(tmp_path, case):
+    # The process gives large blocks back when they are free, so that its size is the size of what it holds
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    subprocess.run([sys.executable, __file__, case, str(tmp_path)], env=env, check=True)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["estimated"] == pytest.approx(result["measured"], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("optim", "per_weight"), [("adamw_torch", 8), ("rmsprop", 4), ("sgd", 0), ("adamw_8bit", 2), ("adafactor", None)]
+)
+def test_the_size_of_the_optimizer(tmp_path, optim, per_weight):
+    trainer = make_trainer(
+        tmp_path, model=make_model(make_tokenizer(), hidden_size=128), optim=optim, num_self_play_iterations=1
+    )
+    trainer.create_optimizer()
+    estimate = optimizer_bytes(trainer)
+    trainer.train()
+    weights = list(trainer.model.parameters())
+    state = trainer.optimizer.state
+    state = sum(t.nbytes for p in weights for t in state[p].values() if isinstance(t, torch.Tensor))
+    if per_weight is not None:
+        assert estimate == pytest.approx(per_weight * sum(p.numel() for p in weights), rel=0.1)
+        assert (
+            estimate == pytest.approx(state, rel=0.1, abs=1000) or optim == "adamw_8bit"
+        )  # small tensors have 32 bits
+    else:
+        assert 0 < estimate < sum(p.nbytes for p in weights) / 10
+
+
+# ---- What follows from it ----
+
+
+def test_gradient_checkpointing_is_off_where_training_fits_and_on_where_it_does_not(tmp_path, monkeypatch):
+    roomy = make_trainer(tmp_path / "roomy", gradient_checkpointing=None)
+    roomy.train()
+    assert roomy.args.gradient_checkpointing is False
+    assert not roomy.model.is_activation_checkpointing
+
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1e6)
+    tight = make_trainer(tmp_path / "tight", gradient_checkpointing=None)
+    tight.train()
+    assert tight.args.gradient_checkpointing is True
+    assert tight.model.is_activation_checkpointing
+    for name, p in tight.model.named_parameters():
+        assert torch.equal(p, roomy.model.get_parameter(name)), name
+
+    told = make_trainer(tmp_path / "told", gradient_checkpointing=False)
+    told.train()
+    assert not told.model.is_activation_checkpointing
+
+
+def test_a_batch_that_does_not_fit_at_the_rehearsal_is_checkpointed(tmp_path, monkeypatch):
+    saved_bytes = memory._saved_bytes
+
+    def run_out(trainer, pairs):
+        if not trainer.model.training and len(pairs[0]["chosen_ids"]) > memory._SHORT:
+            raise torch.OutOfMemoryError("out of memory")
+        return saved_bytes(trainer, pairs)
+
+    monkeypatch.setattr(memory, "_saved_bytes", run_out)
+    rows = Dataset.from_list([{"prompt": "x", "completion": "y" * 100}] * 4)
+    trainer = make_trainer(tmp_path, dataset=rows, gradient_checkpointing=None, num_self_play_iterations=1)
+    trainer.train()
+    assert trainer.model.is_activation_checkpointing
+
+
+def test_generation_batches_fit_the_memory_and_stay_the_same_when_the_run_is_resumed(tmp_path, monkeypatch, capsys):
+    trainer = make_trainer(tmp_path, save_strategy="epoch")
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    monkeypatch.setattr(memory, "available_memory", lambda device: 10 * weights)
+    trainer.train()
+    budget = trainer.args.generation_token_budget
+    assert 50 < budget < memory._DEFAULT_BUDGET
+    assert f"in batches of {budget:,}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "self_play" / "run.json").read_text())["generation_token_budget"] == budget
+
+    monkeypatch.undo()
+    resumed = make_trainer(tmp_path, save_strategy="epoch", num_self_play_iterations=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.args.generation_token_budget == budget
+    assert make_trainer(tmp_path / "given", generation_token_budget=77).args.generation_token_budget == 77
+
+
+if __name__ == "__main__":
+    measure(*sys.argv[1:])
