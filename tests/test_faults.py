@@ -382,6 +382,7 @@ def test_dry_run_prints_the_plan_and_stops(tmp_path, capsys):
 
 def test_the_rehearsal_leaves_no_trace(tmp_path, monkeypatch):
     kwargs = {"peft_config": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5), "logging_steps": 2}
+    kwargs["generation_token_budget"] = 4096  # which the rehearsal would find
     rehearsed = make_trainer(tmp_path / "rehearsed", **kwargs)
     rehearsed.train()
     monkeypatch.setattr(

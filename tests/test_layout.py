@@ -195,6 +195,21 @@ def test_only_what_is_unique_is_computed_and_only_answers_go_through_the_head(mo
     assert seen["head"] == batch["labels"][:, 1:].numel()
 
 
+def test_rows_are_filled_up_to_a_multiple(tmp_path):
+    trainer = make_trainer(tmp_path, pad_to_multiple_of=16, num_self_play_iterations=1)
+    widths = set()
+    trainer.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.add(kwargs["input_ids"].shape[1]) if module.training else None,
+        with_kwargs=True,
+    )
+    trainer.train()
+    assert trainer._shares_prefix and widths and all(width % 16 == 0 for width in widths)
+    plain = make_trainer(tmp_path / "plain", num_self_play_iterations=1)
+    plain.train()
+    for name, p in plain.model.named_parameters():
+        torch.testing.assert_close(trainer.model.get_parameter(name), p, atol=1e-5, rtol=1e-4, msg=name)
+
+
 # ---- Wrong layouts are caught ----
 
 

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from .engines import forked_rng
 from .game import (
     PAIR_FEATURES,
+    Columns,
     GameDataset,
     find_game_fault,
     iteration_dir,
@@ -195,8 +196,9 @@ class SelfPlayCallback(TrainerCallback):
         args.generation_token_budget = args.generation_token_budget or 1
         args.disable_tqdm = True
         rows = trainer.games["train"].rows
-        lengths = [len(prompt) + len(real) for prompt, real in zip(rows["prompt_ids"], rows["real_ids"], strict=True)]
-        rows = rows.select(sorted({lengths.index(max(lengths)), lengths.index(min(lengths))}))
+        columns = Columns(rows)
+        lengths = columns.lengths("prompt_ids") + columns.lengths("real_ids")
+        rows = rows.select(sorted({int(lengths.argmax()), int(lengths.argmin())}))
         num_tokens, training = trainer._total_train_tokens, trainer.model_wrapped.training
         with forked_rng(trainer.accelerator.device), torch.no_grad():
             pairs = self._answer("train", rows, 0, args, desc="Rehearsal")
@@ -343,8 +345,8 @@ class SelfPlayCallback(TrainerCallback):
             trainer.accelerator,
             trainer.stop_signal,
             args,
-            prompts=rows["prompt_ids"],
-            seeds=[row_seed(args.seed, iteration, name, row) for row in rows["row"]],
+            prompts=rows["prompt_ids"][:],
+            seeds=[row_seed(args.seed, iteration, name, row) for row in rows["row"][:]],
             end_token_ids=trainer.end_token_ids,
             pad_token_id=trainer._tokenizer.pad_token_id,
             max_length=trainer.max_length,
@@ -353,10 +355,11 @@ class SelfPlayCallback(TrainerCallback):
             commit=commit,
             vllm=trainer.vllm_generation if args.use_vllm else None,
         )
+        columns = Columns(rows)
         return Dataset.from_list(
             [
-                self._make_pair(row, answer, iteration, held_out=name != "train")
-                for row, answer in zip(rows, answers, strict=True)
+                self._make_pair(columns[i], answer, iteration, held_out=name != "train")
+                for i, answer in enumerate(answers)
             ],
             features=PAIR_FEATURES,
         )
@@ -420,14 +423,14 @@ class SelfPlayCallback(TrainerCallback):
         return scored
 
     def _score(self, name: str, pairs: Dataset, args: SPINConfig) -> list[tuple[float, float]]:
-        trainer = self.trainer
+        trainer, columns = self.trainer, Columns(pairs)
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
         lengths = pair_lengths(pairs).tolist()
         # No activations are kept, so shorter rows may come in larger numbers, up to the tokens of the first batch
         batches = length_sorted_batches(lengths, lambda longest: batch_size * max(lengths) // longest)
 
         def score_batch(batch: list[int]) -> list[tuple[float, float]]:
-            rows = [GameDataset.serve(pairs[i]) for i in batch]
+            rows = [GameDataset.serve(columns[i]) for i in batch]
             inputs = trainer._prepare_inputs(trainer.data_collator(rows))
             with explain_out_of_memory(
                 "scoring", f"Lower `precompute_ref_batch_size` ({batch_size}), here and on resume."
@@ -443,7 +446,7 @@ class SelfPlayCallback(TrainerCallback):
         )
         trainer.model_wrapped.train(was_training)
         clear_device_cache()
-        for row, sides in zip(pairs["row"], logps, strict=True):
+        for row, sides in zip(pairs["row"][:], logps, strict=True):
             if not math.isfinite(sum(sides)):
                 raise ValueError(
                     f"The model's log-probs of row {row} of the {name} dataset are {sides[0]} (real answer) and "
@@ -601,9 +604,9 @@ def _with_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
 
 
 def _check_played(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, iteration: int):
-    if any(pairs["played"]):
+    if any(pairs["played"][:]):
         return
-    shares = ", ".join(f"{sum(pairs[kind])} are {kind}" for kind in ("empty", "identical", "truncated"))
+    shares = ", ".join(f"{sum(pairs[kind][:])} are {kind}" for kind in ("empty", "identical", "truncated"))
     examples = "\n".join(
         f"Row {pair['row']}: {tokenizer.decode(pair['generated_ids'])!r}"
         for pair in pairs.select(range(min(3, len(pairs))))

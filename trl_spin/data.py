@@ -106,9 +106,10 @@ def prepare_dataset(
         num_proc=args.dataset_num_proc,
         desc=f"Tokenizing {name} dataset",
     )
-    counts = Counter(reason for reason in encoded["left_out"] if reason is not None)
+    reasons = encoded["left_out"][:]
+    counts = Counter(reason for reason in reasons if reason is not None)
     for reason, count in counts.items():
-        first = encoded["row"][encoded["left_out"].index(reason)]
+        first = encoded["row"][reasons.index(reason)]
         logger.warning(
             f"{count} of {len(encoded)} rows of the {name} dataset are left out: {LEFT_OUT[reason]} (the first is row "
             f"{first})."

@@ -46,6 +46,7 @@ def forward_shared(
     attention_mask: torch.Tensor,
     labels: torch.Tensor | None = None,
     fused_lm_head: bool = False,
+    pad_to_multiple_of: int | None = None,
     **kwargs,
 ) -> Any:
     r"""
@@ -75,6 +76,8 @@ def forward_shared(
             Answer tokens, -100 elsewhere.
         fused_lm_head (`bool`, *optional*, defaults to `False`):
             Without it, logits are asked for, and the model is called as it is.
+        pad_to_multiple_of (`int`, *optional*):
+            Number of which the length of the rows is made a multiple.
         **kwargs:
             Further arguments of the model.
 
@@ -84,7 +87,9 @@ def forward_shared(
     """
     if not fused_lm_head:
         return model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-    shared_ids, shared_labels, position_ids, branch, index = _share(input_ids, attention_mask, labels)
+    shared_ids, shared_labels, position_ids, branch, index = _share(
+        input_ids, attention_mask, labels, pad_to_multiple_of or 1
+    )
     with _head_on_labels_only():
         outputs = model(
             input_ids=shared_ids,
@@ -105,12 +110,14 @@ def forward_shared(
     )
 
 
-def _share(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _share(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, multiple: int
+) -> tuple[torch.Tensor, ...]:
     """Rows, their next tokens and positions, the branch of each position, and where each padded one is in the row."""
     num_answer = (labels != -100).sum(dim=1, keepdim=True)
     num_real, num_generated = num_answer.chunk(2)
     num_shared = (attention_mask.sum(dim=1, keepdim=True) - num_answer).chunk(2)[0] - 1  # of the prompt
-    width = max(1, int((num_shared + num_real + num_generated).max()))
+    width = multiple * math.ceil(max(1, int((num_shared + num_real + num_generated).max())) / multiple)
     place = torch.arange(width, device=input_ids.device).expand(len(num_real), width)
     # 0 is the shared part, 1 the real answer, 2 the generated answer and what fills the row up
     branch = (place >= num_shared).long() + (place >= num_shared + num_real).long()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.logging import get_logger
 
+from .game import Columns
 from .memory import MemoryEstimate
 from .resume import existing
 from .spin_config import SPINConfig
@@ -54,7 +55,8 @@ def make_plan(trainer: "SPINTrainer", memory: MemoryEstimate | None) -> tuple[st
     adapter = num_trainable < num_parameters
 
     rows = trainer.games["train"].rows
-    prompts, answers = (sum(map(len, rows[column])) for column in ("prompt_ids", "real_ids"))
+    columns = Columns(rows)
+    prompts, answers = (int(columns.lengths(name).sum()) for name in ("prompt_ids", "real_ids"))
     num_prompts = sum(map(len, trainer.games.values()))
     num_generated = num_prompts * num_iterations
 

@@ -83,7 +83,7 @@ def first_token_auc(pairs: Dataset) -> float:
     How well an answer's first token alone tells real from generated: tokens are counted in one half of the pairs, and
     scored by the log-ratio of their counts in the other, so that nothing is learned by heart.
     """
-    real, generated = ([ids[0] if ids else -1 for ids in pairs[f"{side}_ids"]] for side in ("real", "generated"))
+    real, generated = ([ids[0] if ids else -1 for ids in pairs[f"{side}_ids"][:]] for side in ("real", "generated"))
     values = []
     for half in (0, 1):
         counts = Counter(real[half::2]), Counter(generated[half::2])
@@ -118,7 +118,7 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
     lengths = {"real": [len(ids) for ids in real], "generated": [len(ids) for ids in generated]}
     # A pair that is not played is scored as twice the real answer, so its generated one has no log-prob of its own
     played = pairs["played"][:]
-    logps = {side: [v for v, p in zip(pairs[f"ref_{side}_logps"], played, strict=True) if p] for side in lengths}
+    logps = {side: [v for v, p in zip(pairs[f"ref_{side}_logps"][:], played, strict=True) if p] for side in lengths}
     scored = {side: [n for n, p in zip(lengths[side], played, strict=True) if p] for side in lengths}
     per_token = {side: [v / max(1, n) for v, n in zip(logps[side], scored[side], strict=True)] for side in lengths}
     return {
@@ -130,11 +130,11 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
         "distinct_bigrams_generated": distinct_ngrams(generated, 2),
         "repetition_real": repetition(real),
         "repetition_generated": repetition(generated),
-        "truncated": mean(pairs["truncated"]),
-        "empty": mean(pairs["empty"]),
-        "identical": mean(pairs["identical"]),
-        "played": mean(pairs["played"]),
-        "nll_real": -sum(pairs["ref_real_logps"]) / sum(lengths["real"]),
+        "truncated": mean(pairs["truncated"][:]),
+        "empty": mean(pairs["empty"][:]),
+        "identical": mean(pairs["identical"][:]),
+        "played": mean(played),
+        "nll_real": -sum(pairs["ref_real_logps"][:]) / sum(lengths["real"]),
         "nll_generated": -sum(logps["generated"]) / max(1, sum(scored["generated"])),
         "auc_length": auc(lengths["real"], lengths["generated"]),
         "auc_first_token": first_token_auc(pairs),

@@ -620,7 +620,7 @@ class SPINTrainer(DPOTrainer):
         losses = self.trl_losses + ([("sft", anchor)] if anchor else []) or [("sigmoid", 0.0)]
         self.loss_types, self.loss_weights = map(list, zip(*losses, strict=True))
         # Where every pair is played, as is usual, there is nothing to look for in the batches
-        all_played = all(all(pairs["played"]) for pairs in self.games["train"].pairs)
+        all_played = all(all(pairs["played"][:]) for pairs in self.games["train"].pairs)
         self._skip_unplayed = self.plays_margins and not anchor and not all_played
 
     @property
@@ -746,7 +746,7 @@ class SPINTrainer(DPOTrainer):
         if not self._shares_prefix:
             return model
         base_model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        return partial(forward_shared, model, base_model)
+        return partial(forward_shared, model, base_model, pad_to_multiple_of=self.args.pad_to_multiple_of)
 
     def compute_ref_log_probs(self, model, inputs):
         """
@@ -841,9 +841,11 @@ class SPINTrainer(DPOTrainer):
         num_real, num_generated = (mask.sum(dim=1) for mask in inputs["completion_mask"].chunk(2, dim=0))
         real, generated = (policy - opponent for policy, opponent in zip(logps, opponent_logps, strict=True))
         num_unique = inputs["attention_mask"].chunk(2, dim=0)[0].sum(dim=1) + num_generated
-        # In a shared row, the last token of the prompt is there twice, and those of the answers are not
-        padded = torch.tensor(2 * inputs["input_ids"].size(1), device=loss.device)
-        num_computed = num_unique.max() - 1 if self._shares_prefix else padded
+        num_computed = torch.tensor(2 * inputs["input_ids"].size(1), device=loss.device)
+        if self._shares_prefix:
+            # The last token of the prompt is there twice, and those of the answers are not
+            multiple = self.args.pad_to_multiple_of or 1
+            num_computed = (num_unique.max() - 1 + multiple - 1) // multiple * multiple
         statistics = (num_real, num_generated, num_unique, num_computed, real, generated, loss)
         statistics = torch.stack([value.detach().to(loss.dtype).expand(len(num_real)) for value in statistics], dim=1)
         num_real, num_generated, num_unique, num_computed, real, generated, losses = self.accelerator.gather(

@@ -58,7 +58,7 @@ class Watcher:
             {
                 "step": self.trainer.state.global_step,
                 "iteration": iteration,
-                "row": pairs["row"],
+                "row": pairs["row"][:],
                 "prompt": decode(pairs["prompt_ids"]),
                 "real": decode(pairs["real_ids"]),
                 "generated": decode(pairs["generated_ids"]),
@@ -71,7 +71,7 @@ class Watcher:
             tracker.log({f"completions/{name}": tracker.Table(dataframe=table)})
 
     def _decode(self, ids: list[list[int]]) -> list[str]:
-        return self.trainer._tokenizer.batch_decode(list(ids), skip_special_tokens=True)
+        return self.trainer._tokenizer.batch_decode(ids[:], skip_special_tokens=True)
 
     def answer_metrics(self, pairs: dict[str, Dataset]) -> dict[str, float]:
         """What the user's function says of the answers to held-out prompts."""
@@ -91,7 +91,7 @@ class Watcher:
         parts = [self._decode(pairs[f"{part}_ids"]) for part in ("prompt", "real", "generated")]
         probes = [
             dict(zip(("row", "prompt", "real", "generated"), values, strict=True))
-            for values in zip(pairs["row"], *parts, strict=True)
+            for values in zip(pairs["row"][:], *parts, strict=True)
         ]
         write_json(self.probe_path(iteration), probes)
 
