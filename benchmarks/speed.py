@@ -17,7 +17,8 @@ One self-play iteration, from a saved model to a saved model, on the same model,
 
 (a) TRL as one would script it: `generate` in batches of 8, decode, `DPOTrainer` with its defaults;
 (b) the same with `precompute_ref_log_probs`;
-(c) trl-spin with its defaults, and without gradient checkpointing.
+(c) trl-spin with its defaults, which leave out gradient checkpointing where memory allows;
+(d) trl-spin with gradient checkpointing, as (a) and (b) have it.
 
 Each variant runs in a process of its own, in turn, and the best of the repetitions counts. The model is random, with a
 bias on the end token that lets half of the answers run into their limit. Lengths are drawn from a distribution like that
@@ -44,7 +45,7 @@ VARIANTS = {
     "a": "DPOTrainer, scripted",
     "b": "the same, reference precomputed",
     "c": "trl-spin",
-    "d": "trl-spin, no gradient checkpointing",
+    "d": "trl-spin, gradient checkpointing",
 }
 PASSES, BATCH_SIZE = 2, 8
 
@@ -119,6 +120,7 @@ class Watch:
         self.positions = defaultdict(int)  # that went through the model, by phase and whether there is a gradient
         self.unique = self.generated = 0
         self.phase = "other"
+        self.in_model = False
 
     @contextmanager
     def time(self, phase: str):
@@ -138,6 +140,31 @@ class Watch:
                 return function(*args, **kwargs)
 
         setattr(cls, name, timed)
+
+
+def time_model(watch: Watch):
+    """Forward and backward passes, and steps of the optimizer."""
+    import torch
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import PreTrainedModel
+
+    def timed(function):
+        def call(self, *args, **kwargs):
+            if watch.in_model or (isinstance(self, torch.nn.Module) and not isinstance(self, PreTrainedModel)):
+                return function(self, *args, **kwargs)
+            watch.in_model = True
+            start = clock()
+            try:
+                return function(self, *args, **kwargs)
+            finally:
+                watch.in_model = False
+                watch.seconds["model"] += clock() - start
+
+        return call
+
+    torch.nn.Module.__call__ = timed(torch.nn.Module.__call__)
+    torch.Tensor.backward = timed(torch.Tensor.backward)
+    AcceleratedOptimizer.step = timed(AcceleratedOptimizer.step)
 
 
 def count_positions(watch: Watch):
@@ -196,10 +223,10 @@ def scripted(watch: Watch, precompute: bool):
     for row in trainer.train_dataset:
         watch.unique += sum(len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
         watch.generated += len(row["rejected_ids"])
-    return sum(p.numel() for p in trainer.model.parameters()), torch.get_num_threads()
+    return sum(p.numel() for p in trainer.model.parameters()), torch.get_num_threads(), True
 
 
-def spin(watch: Watch, gradient_checkpointing: bool):
+def spin(watch: Watch):
     import torch
     from datasets import load_dataset
 
@@ -223,12 +250,13 @@ def spin(watch: Watch, gradient_checkpointing: bool):
             per_device_train_batch_size=BATCH_SIZE,
             max_completion_length=limit,
             learning_rate=1e-6,
-            gradient_checkpointing=gradient_checkpointing,
+            **({"gradient_checkpointing": True} if args.variant == "d" else {}),
             use_cpu=True,
             bf16=False,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            write_report=False,  # the others write none
         ),
         train_dataset=load_dataset("json", data_files=f"{args.work_dir}/data.jsonl", split="train"),
     )
@@ -237,7 +265,8 @@ def spin(watch: Watch, gradient_checkpointing: bool):
     for pair in trainer.games["train"].pairs[0]:
         watch.unique += sum(len(pair[f"{part}_ids"]) for part in ("prompt", "real", "generated"))
         watch.generated += len(pair["generated_ids"])
-    return sum(p.numel() for p in trainer.model.parameters()), torch.get_num_threads()
+    num_parameters = sum(p.numel() for p in trainer.model.parameters())
+    return num_parameters, torch.get_num_threads(), trainer.args.gradient_checkpointing
 
 
 def measure():
@@ -254,13 +283,13 @@ def measure():
     imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     watch = Watch()
     count_positions(watch)
-    checkpointing = args.variant != "d"
+    time_model(watch)
     start = clock()
     if args.variant in "ab":
-        num_parameters, num_threads = scripted(watch, precompute=args.variant == "b")
+        num_parameters, num_threads, checkpointing = scripted(watch, precompute=args.variant == "b")
     else:
-        num_parameters, num_threads = spin(watch, checkpointing)
-    seconds = {phase: watch.seconds[phase] for phase in ("generation", "scoring", "training")}
+        num_parameters, num_threads, checkpointing = spin(watch)
+    seconds = {phase: watch.seconds[phase] for phase in ("generation", "scoring", "training", "model")}
     seconds["iteration"] = clock() - start
     # A matrix is used twice per position in the forward pass, and four times in the backward pass; the table of embeddings
     # is none
@@ -323,8 +352,9 @@ def main():
         f"{args.repetitions}. Seconds ({args.clock}), and tokens per second: generated ones, unique ones, unique ones times passes, "
         "unique ones. In brackets, speed in units of the first row.\n"
     )
-    print("| |", " | ".join([*phases, "computed/unique", "FLOPs/bound", "peak memory (without libraries)"]), "|")
-    print("|---|" + "---|" * 7)
+    columns = [*phases, "outside the model", "computed/unique", "FLOPs/bound", "peak memory (without libraries)"]
+    print("| |", " | ".join(columns), "|")
+    print("|---|" + "---|" * len(columns))
     for variant, by_phase in best.items():
         cells = []
         for phase, result in by_phase.items():
@@ -340,6 +370,8 @@ def main():
             cells.append(cell)
         last = by_phase["iteration"]
         memory = min(r["memory with libraries"] for r in results[variant])
+        outside = last["seconds"]["iteration"] - last["seconds"]["model"]
+        cells.append(f"{outside:.1f} s ({outside / last['seconds']['iteration']:.0%})")
         cells += [f"{last['computed/unique']:.2f}", f"{last['flops/bound']:.2f}"]
         cells.append(f"{memory:,.0f} MB ({min(r['memory'] for r in results[variant]):,.0f})")
         print(f"| ({variant}) {VARIANTS[variant]} |", " | ".join(cells), "|")
