@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LogitsProcessorList
 
 from trl_spin import SPINTrainer
-from trl_spin.engines import sampling_processors
+from trl_spin.engines import SampleByRow, sampling_processors, splitmix64
 from trl_spin.game import read_manifest
 from trl_spin.generation import even_batches, generate, length_sorted_batches, row_seed
 from trl_spin.resume import StopSignal
@@ -64,6 +64,33 @@ def test_samples_follow_the_processed_distribution(options, tmp_path):
     expected = LogitsProcessorList(processors[:-1])(None, scores[:1].clone()).softmax(dim=-1)[0]
     assert (counts - expected).abs().max() < 0.015  # more than 4 standard errors
     assert (counts[expected == 0] == 0).all()
+
+
+def test_random_bits_are_those_of_splitmix64():
+    gamma = 0x9E3779B97F4A7C15 - 2**64
+    bits = splitmix64(torch.tensor([1234567]) + torch.arange(1, 6) * gamma)
+    # The published sequence of the seed 1234567
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert [number % 2**64 for number in bits.tolist()] == expected
+
+
+def test_noise_of_rows_steps_and_tokens_is_gumbel_and_independent(tmp_path):
+    sample = SampleByRow([row_seed(i) for i in range(50)], torch.device("cpu"))
+    noise = torch.stack([sample(None, torch.zeros(50, 40)) for _ in range(100)])  # steps, rows, tokens
+    assert noise.mean() == pytest.approx(0.5772, abs=4 * 1.2825 / 200_000**0.5)
+    assert noise.std() == pytest.approx(1.2825, rel=0.01)
+    assert noise.unique().numel() > 0.98 * noise.numel()
+    for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1]), (noise[..., 1:], noise[..., :-1])):
+        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.01
+    # Rare tokens come as often as they should: P(noise > 10) is 4.54e-5
+    tail = SampleByRow(list(range(2000)), torch.device("cpu"))(None, torch.zeros(2000, 2000)) > 10
+    assert tail.sum().item() == pytest.approx(4e6 * 4.54e-5, abs=5 * (4e6 * 4.54e-5) ** 0.5)
 
 
 def test_temperature_zero_is_greedy(model, tokenizer, prompts, tmp_path):

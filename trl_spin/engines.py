@@ -119,29 +119,62 @@ def _ready_to_generate(
 # ---- generate ----
 
 
+def _wrapped(number: int) -> int:
+    return number - 2**64  # the same 64 bits as a signed integer, which is what torch computes with
+
+
+_GAMMA, _MIX_1, _MIX_2 = map(_wrapped, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def splitmix64(state: torch.Tensor) -> torch.Tensor:
+    """
+    Output function of SplitMix64 (Steele, Lea and Flood, [Fast Splittable Pseudorandom Number
+    Generators](https://doi.org/10.1145/2714064.2660195)): random bits that are a function of the state alone, the same
+    on every device.
+
+    Args:
+        state (`torch.Tensor` of dtype `torch.int64`):
+            States of the generator; n states after the seed is seed + n · 0x9E3779B97F4A7C15.
+
+    Returns:
+        `torch.Tensor`: 64 random bits for each state.
+    """
+
+    def shift(bits: torch.Tensor, by: int) -> torch.Tensor:
+        return (bits >> by).bitwise_and_(2 ** (64 - by) - 1)  # `>>` alone would copy the sign
+
+    bits = (state ^ shift(state, 30)).mul_(_MIX_1)
+    bits.bitwise_xor_(shift(bits, 27)).mul_(_MIX_2)
+    return bits.bitwise_xor_(shift(bits, 31))
+
+
 class SampleByRow(LogitsProcessor):
     r"""
-    Makes the argmax of the scores a sample from their softmax, with a random generator of its own for each row.
+    Makes the argmax of the scores a sample from their softmax, with random numbers of its own for each row.
 
     `argmax(scores - log(E))` with independent `E ~ Exp(1)` is an exact sample from `softmax(scores)` (the Gumbel-max
-    trick: `-log(E)` is Gumbel noise). As each row draws its noise from its own seed, its sample depends neither on the
-    rest of the batch, nor on the number of processes, nor on what was sampled before.
+    trick: `-log(E)` is Gumbel noise). The noise of a row is a function of its seed, of the step and of the token, so its
+    sample depends neither on the rest of the batch, nor on the number of processes, nor on the device, nor on what was
+    sampled before.
 
     Args:
         seeds (`list[int]`):
-            One seed per row of the batch.
+            One seed of 63 bits per row of the batch.
         device (`torch.device`):
             Device of the scores.
     """
 
     def __init__(self, seeds: list[int], device: torch.device):
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.states = torch.tensor(seeds, device=device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise = torch.empty_like(scores)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores - noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_()
+        self.states = self.states + _GAMMA
+        tokens = torch.arange(1, scores.size(1) + 1, device=scores.device) * _GAMMA
+        bits = splitmix64(splitmix64(self.states)[:, None] + tokens)
+        # Uniform in (0, 1), with all its digits near 0, where the rare tokens are decided
+        uniform = (bits >> 11).bitwise_and_(2**53 - 1).float().add_(0.5).mul_(2**-53).clamp_(max=1 - 2**-24)
+        exponential = uniform.neg_().log1p_().neg_()
+        return scores - exponential.log_()
 
 
 class StopOnSignal(StoppingCriteria):

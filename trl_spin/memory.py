@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 _SAFE_SHARE = 0.85
 # Tiles of logits that TRL's fused head has in memory at a time where there is no Triton (trl 1.16)
 _HEAD_TILES = 8
-# Scores of the next token that `generate` has in memory at a time
-_SCORES = 6
+# Numbers of four bytes that `generate` has in memory at a time for each score of a next token
+_SCORES = 8
 _SHORT = 32
 # Tokens of a generation batch. On a CPU, larger ones are not faster
 _DEFAULT_BUDGET = 2**14
