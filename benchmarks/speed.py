@@ -55,6 +55,8 @@ parser.add_argument("--scale", type=float, default=0.25, help="Lengths in units 
 parser.add_argument("--hidden_size", type=int, default=128)
 parser.add_argument("--num_layers", type=int, default=4)
 parser.add_argument("--vocab_size", type=int, default=4096)
+parser.add_argument("--num_iterations", type=int, default=1, help="Self-play iterations of trl-spin.")
+parser.add_argument("--opponent_history", type=int, default=0, help="Earlier opponents that trl-spin plays against.")
 parser.add_argument("--repetitions", type=int, default=3)
 parser.add_argument(
     "--clock",
@@ -231,6 +233,7 @@ def spin(watch: Watch):
     from datasets import load_dataset
 
     from trl_spin import SelfPlayCallback, SPINConfig, SPINTrainer
+    from trl_spin.game import load_game
 
     watch.wrap(SPINTrainer, "train", "training")
     for name, phase in {
@@ -245,7 +248,8 @@ def spin(watch: Watch):
         f"{args.work_dir}/model",
         args=SPINConfig(
             f"{args.work_dir}/output",
-            num_self_play_iterations=1,
+            num_self_play_iterations=args.num_iterations,
+            opponent_history=args.opponent_history,
             num_train_epochs=PASSES,
             per_device_train_batch_size=BATCH_SIZE,
             max_completion_length=limit,
@@ -262,9 +266,10 @@ def spin(watch: Watch):
     )
     trainer.train()
     watch.seconds["training"] -= watch.seconds["other"] + watch.seconds["boundary"]
-    for pair in trainer.games["train"].pairs[0]:
-        watch.unique += sum(len(pair[f"{part}_ids"]) for part in ("prompt", "real", "generated"))
-        watch.generated += len(pair["generated_ids"])
+    for iteration in range(args.num_iterations):
+        for pair in load_game(f"{args.work_dir}/output", iteration)["train"].select(range(args.num_pairs)):
+            watch.unique += sum(len(pair[f"{part}_ids"]) for part in ("prompt", "real", "generated"))
+            watch.generated += len(pair["generated_ids"])
     num_parameters = sum(p.numel() for p in trainer.model.parameters())
     return num_parameters, torch.get_num_threads(), trainer.args.gradient_checkpointing
 
@@ -347,7 +352,7 @@ def main():
     }
     first = next(iter(results.values()))[0]
     print(
-        f"{args.num_pairs} pairs, {PASSES} passes, lengths {args.scale} of UltraChat's, batches of {BATCH_SIZE}, "
+        f"{args.num_pairs} pairs, {args.num_iterations} iterations of {PASSES} passes, history {args.opponent_history}, lengths {args.scale} of UltraChat's, batches of {BATCH_SIZE}, "
         f"{first['num_parameters'] / 1e6:.1f}M parameters without embeddings, {first['num_threads']} threads; best of "
         f"{args.repetitions}. Seconds ({args.clock}), and tokens per second: generated ones, unique ones, unique ones times passes, "
         "unique ones. In brackets, speed in units of the first row.\n"

@@ -23,12 +23,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, make_trainer
+from conftest import load_in_4bit, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
+from trl import TrlParser
 
-from trl_spin import callbacks, memory
+from trl_spin import SPINConfig, callbacks, memory
 from trl_spin.memory import optimizer_bytes
 
 
@@ -128,21 +129,30 @@ def test_the_size_of_the_optimizer(tmp_path, optim, per_weight):
 # ---- What follows from it ----
 
 
-def test_gradient_checkpointing_is_off_where_training_fits_and_on_where_it_does_not(tmp_path, monkeypatch):
-    roomy = make_trainer(tmp_path / "roomy", gradient_checkpointing=None)
+@pytest.mark.parametrize("kind", ["full", "qlora"])
+def test_checkpointing_is_off_where_training_fits_and_on_where_it_does_not(tmp_path, monkeypatch, kind):
+    def make(path, **kwargs):
+        tokenizer, model = make_tokenizer(), None
+        if kind == "qlora":
+            make_model(tokenizer, hidden_size=64).save_pretrained(tmp_path / "model")
+            model = load_in_4bit(tmp_path / "model")
+            kwargs["peft_config"] = LoraConfig(r=4, target_modules="all-linear")
+        return make_trainer(path, tokenizer, model=model, **kwargs)
+
+    roomy = make(tmp_path / "roomy", gradient_checkpointing=None)
     roomy.train()
     assert roomy.args.gradient_checkpointing is False
     assert not roomy.model.is_activation_checkpointing
 
     monkeypatch.setattr(memory, "available_memory", lambda device: 1e6)
-    tight = make_trainer(tmp_path / "tight", gradient_checkpointing=None)
+    tight = make(tmp_path / "tight", gradient_checkpointing=None)
     tight.train()
     assert tight.args.gradient_checkpointing is True
     assert tight.model.is_activation_checkpointing
     for name, p in tight.model.named_parameters():
         assert torch.equal(p, roomy.model.get_parameter(name)), name
 
-    told = make_trainer(tmp_path / "told", gradient_checkpointing=False)
+    told = make(tmp_path / "told", gradient_checkpointing=False)
     told.train()
     assert not told.model.is_activation_checkpointing
 
@@ -169,7 +179,7 @@ def test_generation_batches_fit_the_memory_and_stay_the_same_when_the_run_is_res
     trainer.train()
     budget = trainer.args.generation_token_budget
     assert 50 < budget < memory._DEFAULT_BUDGET
-    assert f"in batches of {budget:,}" in capsys.readouterr().out
+    assert f"in batches of up to {budget:,}" in capsys.readouterr().out
     assert json.loads((tmp_path / "self_play" / "run.json").read_text())["generation_token_budget"] == budget
 
     monkeypatch.undo()
@@ -177,6 +187,16 @@ def test_generation_batches_fit_the_memory_and_stay_the_same_when_the_run_is_res
     resumed.train(resume_from_checkpoint=True)
     assert resumed.args.generation_token_budget == budget
     assert make_trainer(tmp_path / "given", generation_token_budget=77).args.generation_token_budget == 77
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], None), (["--gradient_checkpointing"], True), (["--gradient_checkpointing", "false"], False)],
+)
+def test_checkpointing_on_the_command_line(tmp_path, options, expected):
+    parser = TrlParser(SPINConfig)
+    (args,) = parser.parse_args_and_config(["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", *options])
+    assert args.gradient_checkpointing is args.activation_checkpointing is expected
 
 
 if __name__ == "__main__":

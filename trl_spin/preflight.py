@@ -81,6 +81,11 @@ def make_plan(trainer: "SPINTrainer", memory: MemoryEstimate | None) -> tuple[st
         disk += model_size  # the model that self-play starts from
     next_iteration = model_size + game_size + min(2, num_checkpoints) * checkpoint_size
 
+    engine = {
+        "generate": f"in batches of up to {args.generation_token_budget:,}",
+        "continuous_batching": "with continuous batching",
+        "vllm": "with vLLM",
+    }[args.generation_engine]
     left_out = sum(trainer.left_out["train"].values())
     schedule = str(passes[0]) if len(set(passes)) == 1 else "/".join(map(str, passes))
     lines = {
@@ -91,7 +96,7 @@ def make_plan(trainer: "SPINTrainer", memory: MemoryEstimate | None) -> tuple[st
         "iterations": f"{num_iterations}, passes in each: {schedule}, steps in a pass: {trainer.steps_per_epoch:,}; "
         f"{trainer.state.max_steps:,} steps in all, {trainer.state.global_step:,} of them done",
         "generation": f"{num_generated:,} answers of up to {args.max_completion_length:,} tokens, at most "
-        f"{_short(num_generated * args.max_completion_length)} tokens, in batches of {args.generation_token_budget:,}",
+        f"{_short(num_generated * args.max_completion_length)} tokens, {engine}",
         "memory": _describe_memory(args, memory),
         "disk": f"at most about {_short(disk)}B in {args.output_dir}: {num_iterations} models of {_short(model_size)}B, "
         f"{num_checkpoints} checkpoints of {_short(checkpoint_size)}B, {num_iterations} games of {_short(game_size)}B",

@@ -312,7 +312,9 @@ class SPINConfig(DPOConfig):
         default=None,
         metadata={
             "help": "Whether to compute activations anew in the backward pass, which saves memory and costs about a third "
-            "more time. By default, only if training is estimated not to fit the memory without it."
+            "more time. By default, only if training is estimated not to fit the memory without it.",
+            "nargs": "?",  # as a flag, too
+            "const": True,
         },
     )
 
