@@ -167,9 +167,11 @@ def test_a_batch_that_does_not_fit_at_the_rehearsal_is_checkpointed(tmp_path, mo
 
     monkeypatch.setattr(memory, "_saved_bytes", run_out)
     rows = Dataset.from_list([{"prompt": "x", "completion": "y" * 100}] * 4)
-    trainer = make_trainer(tmp_path, dataset=rows, gradient_checkpointing=None, num_self_play_iterations=1)
+    trainer = make_trainer(tmp_path / "open", dataset=rows, gradient_checkpointing=None, num_self_play_iterations=1)
     trainer.train()
     assert trainer.model.is_activation_checkpointing
+    with pytest.raises(torch.OutOfMemoryError, match="`gradient_checkpointing=True` needs less"):
+        make_trainer(tmp_path / "told", dataset=rows, gradient_checkpointing=False).train()
 
 
 def test_generation_batches_fit_the_memory_and_stay_the_same_when_the_run_is_resumed(tmp_path, monkeypatch, capsys):

@@ -123,11 +123,12 @@ def plan_memory(trainer: "SPINTrainer", pair: dict[str, Any]) -> MemoryEstimate 
     room = _SAFE_SHARE * estimate.available
     # In evaluation mode, nothing is checkpointed
     layer = _saved_bytes(trainer, [short]) / _num_tokens(short) / model.config.get_text_config().num_hidden_layers
-    if not args.gradient_checkpointing:
+    if args.gradient_checkpointing is None:
         with suppress(torch.OutOfMemoryError):
             estimate.activations = _activation_bytes(trainer, pair)
-        if args.gradient_checkpointing is None:
-            _set_checkpointing(trainer, _smallest(trainer, room - estimate.peak) < 0)
+        _set_checkpointing(trainer, _smallest(trainer, room - estimate.peak) < 0)
+    elif not args.gradient_checkpointing:
+        estimate.activations = _activation_bytes(trainer, pair)
     if args.gradient_checkpointing:
         model.train()
         estimate.activations = _activation_bytes(trainer, pair)
