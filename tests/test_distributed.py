@@ -25,13 +25,13 @@ from conftest import make_args, make_dataset, make_model, make_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from trl_spin import SPINTrainer
+from trl_spin import SPINTrainer, memory
 from trl_spin.game import load_game
 
 
 def play(output_dir, kind: str, batch_size: int, **options):
     lora, tokenizer = kind == "lora", make_tokenizer()
-    SPINTrainer(
+    trainer = SPINTrainer(
         make_model(tokenizer),
         args=make_args(
             output_dir,
@@ -39,18 +39,20 @@ def play(output_dir, kind: str, batch_size: int, **options):
             opponent_history=1,
             optim="sgd",  # Adam would blow rounding up to the size of the learning rate
             learning_rate=1e-2,
-            generation_token_budget=200,
+            max_completion_length=60,
             # Pairs that are not played fall on the processes unevenly
             truncated_completions="drop" if kind == "full" else "keep",
             # At 0, all engines give the same answers
             temperature=0.0 if kind == "continuous" else 1.0,
-            **options,
+            **{"generation_token_budget": 400} | options,
         ),
         train_dataset=make_dataset(16),
         eval_dataset=make_dataset(5),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
-    ).train()
+    )
+    trainer.train()
+    return trainer
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "continuous"])
@@ -88,5 +90,12 @@ def test_two_processes_play_the_same_game_as_one(tmp_path, kind):
 
 
 if __name__ == "__main__":
-    kind = sys.argv[2]
-    play(sys.argv[1], kind, batch_size=2, use_transformers_continuous_batching=kind == "continuous")
+    kind, options = sys.argv[2], {}
+    if kind == "lora":  # one of the processes has little memory, and both must do as it needs
+        memory.available_memory = lambda device: 1e6 if os.environ["RANK"] == "1" else 1e12
+        options = {"gradient_checkpointing": None, "generation_token_budget": None}
+    trainer = play(
+        sys.argv[1], kind, batch_size=2, use_transformers_continuous_batching=kind == "continuous", **options
+    )
+    assert trainer.model.is_activation_checkpointing == (kind == "lora")
+    assert trainer.args.generation_token_budget < memory._DEFAULT_BUDGET

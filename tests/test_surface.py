@@ -85,6 +85,7 @@ ADDED_FIELDS = {
 # Methods of DPOTrainer and Trainer, public or not, that SPINTrainer overrides and that they must go on calling. TRL
 # changes monthly, and an override that nothing calls any more raises nothing.
 OVERRIDES = {
+    "_build_accelerator_args",
     "_compute_loss",
     "_get_eval_sampler",
     "_get_train_sampler",

@@ -262,7 +262,8 @@ def _set_checkpointing(trainer: "SPINTrainer", on: bool):
     args.gradient_checkpointing = args.activation_checkpointing = on
     if on:
         # Under this name in all versions of transformers before 6, and as TRL calls it (trl 1.16)
-        trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
 
 
 def _smallest(trainer: "SPINTrainer", value: float) -> float:

@@ -317,6 +317,12 @@ class SPINTrainer(DPOTrainer):
         """TRL's interface to vLLM, which is started at its first use: the rehearsal before the first iteration."""
         return make_vllm_generation(self)
 
+    def _build_accelerator_args(self, **kwargs):
+        if self.args.gradient_checkpointing is None and self.args.ddp_find_unused_parameters is None:
+            # What the Trainer chooses with checkpointing, as DPOTrainer has it. Here, that is decided later
+            self.args.ddp_find_unused_parameters = False
+        return super()._build_accelerator_args(**kwargs)
+
     # ---- Data ----
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
