@@ -157,6 +157,14 @@ def test_checkpointing_is_off_where_training_fits_and_on_where_it_does_not(tmp_p
     assert not told.model.is_activation_checkpointing
 
 
+def test_every_other_layer_can_be_checkpointed(tmp_path):
+    trainer = make_trainer(
+        tmp_path, gradient_checkpointing=True, activation_checkpointing_kwargs={"every_n_layers": 2}
+    )
+    trainer.train()
+    assert [layer.gradient_checkpointing for layer in trainer.model.model.layers] == [True, False]
+
+
 def test_a_batch_that_does_not_fit_at_the_rehearsal_is_checkpointed(tmp_path, monkeypatch):
     saved_bytes = memory._saved_bytes
 

@@ -49,6 +49,7 @@ from trl.import_utils import is_vllm_available
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
+from .memory import enable_checkpointing
 from .resume import StopSignal, explain_out_of_memory
 from .spin_config import SPINConfig
 
@@ -96,12 +97,10 @@ def _ready_to_generate(
 ) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedModel]]:
     """The unwrapped model in evaluation mode, and the one inside its adapter, which has no generation config."""
     was_training = model.training
+    was_checkpointing = accelerator.unwrap_model(model).is_gradient_checkpointing
     with (
         unwrap_model_for_generation(
-            model,
-            accelerator,
-            gather_deepspeed3_params=args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+            model, accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
         ) as unwrapped_model,
         DistributedBackend(accelerator).summon_full_params(model, recurse=False),
     ):
@@ -114,6 +113,9 @@ def _ready_to_generate(
         finally:
             base_model.generation_config = own_config
             model.train(was_training)
+    if was_checkpointing:  # TRL turns it on again with other options than the Trainer had (trl 1.16)
+        unwrapped_model.gradient_checkpointing_disable()
+        enable_checkpointing(unwrapped_model, args)
 
 
 # ---- generate ----

@@ -26,8 +26,12 @@ import psutil
 import torch
 import trl.trainer.utils
 from accelerate.utils.memory import clear_device_cache
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+
+from .spin_config import SPINConfig
 
 
 if TYPE_CHECKING:
@@ -141,6 +145,23 @@ def plan_memory(trainer: "SPINTrainer", pair: dict[str, Any]) -> MemoryEstimate 
         tokens = (room - estimate.weights - estimate.optimizer) / _bytes_per_generated_token(trainer, pair, layer)
         args.generation_token_budget = max(1, min(largest, int(_smallest(trainer, tokens))))
     return estimate
+
+
+def enable_checkpointing(model: PreTrainedModel | PeftModel, args: SPINConfig):
+    """
+    Turns gradient checkpointing on, with the options that the Trainer knows.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model.
+        args ([`SPINConfig`]):
+            Options.
+    """
+    kwargs = dict(args.gradient_checkpointing_kwargs or {})
+    # These are for the model, all others for torch
+    options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    # The name that all versions of transformers before 6 have
+    model.gradient_checkpointing_enable(kwargs or None, **options)
 
 
 def available_memory(device: torch.device) -> float:
@@ -261,9 +282,7 @@ def _set_checkpointing(trainer: "SPINTrainer", on: bool):
     args = trainer.args
     args.gradient_checkpointing = args.activation_checkpointing = on
     if on:
-        # Under this name in all versions of transformers before 6, and as TRL calls it (trl 1.16)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        enable_checkpointing(trainer.accelerator.unwrap_model(trainer.model), args)
 
 
 def _smallest(trainer: "SPINTrainer", value: float) -> float:
