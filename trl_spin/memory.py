@@ -43,7 +43,8 @@ _SAFE_SHARE = 0.85
 _HEAD_TILES = 8
 # Numbers of four bytes that `generate` has in memory at a time for each score of a next token
 _SCORES = 8
-_SHORT = 32
+# Tokens of a prompt that tell what one token needs, and those of a pair that tell what one layer needs
+_LONG, _SHORT = 256, 32
 # Tokens of a generation batch. On a CPU, larger ones are not faster
 _DEFAULT_BUDGET = 2**14
 _LARGEST_BUDGET = 2**18
@@ -267,7 +268,7 @@ def _head_bytes(trainer: "SPINTrainer", pair: dict[str, Any]) -> float:
 
 
 def _bytes_per_generated_token(trainer: "SPINTrainer", pair: dict[str, Any], layer: float) -> float:
-    args, prompt = trainer.args, pair["prompt_ids"]
+    args, prompt = trainer.args, pair["prompt_ids"][:_LONG]
     with torch.no_grad(), trainer.accelerator.autocast():
         ids = torch.tensor([prompt], device=trainer.accelerator.device)
         outputs = trainer.model(input_ids=ids, use_cache=True)
