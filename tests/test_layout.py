@@ -342,7 +342,7 @@ def test_training_is_that_of_the_padded_layout(tmp_path, kind, caplog):
     if kind == "lora":
         kwargs["peft_config"] = LoraConfig(r=4, target_modules="all-linear")
     elif kind == "not all played":
-        kwargs["truncated_completions"] = "drop"
+        kwargs |= {"truncated_completions": "drop", "max_completion_length": 40}
     elif kind == "sft loss":
         kwargs["loss_type"] = ["sigmoid", "sft"]
     elif kind == "weighting":
