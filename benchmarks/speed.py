@@ -267,7 +267,9 @@ def spin(watch: Watch):
     trainer.train()
     watch.seconds["training"] -= watch.seconds["other"] + watch.seconds["boundary"]
     for iteration in range(args.num_iterations):
-        for pair in load_game(f"{args.work_dir}/output", iteration)["train"].select(range(args.num_pairs)):
+        for pair in load_game(f"{args.work_dir}/output", iteration)["train"].select(
+            range(len(trainer.games["train"]))
+        ):
             watch.unique += sum(len(pair[f"{part}_ids"]) for part in ("prompt", "real", "generated"))
             watch.generated += len(pair["generated_ids"])
     num_parameters = sum(p.numel() for p in trainer.model.parameters())

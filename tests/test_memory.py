@@ -38,7 +38,8 @@ from trl_spin.memory import optimizer_bytes
 CASES = {
     "full": {"gradient_checkpointing": False},
     "checkpointing": {"gradient_checkpointing": True},
-    "lora": {"peft_config": True, "bf16": True},
+    "lora": {"peft_config": True},
+    "autocast": {"bf16": True},
     "padded": {"share_prefix": False, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
 }
 

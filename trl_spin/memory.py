@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .spin_trainer import SPINTrainer
 
 # Of the memory, this much is planned with: allocators leave gaps, and libraries need some of their own
-_SAFE_SHARE = 0.85
+_SAFE_SHARE = 0.8
 # Tiles of logits that TRL's fused head has in memory at a time where there is no Triton (trl 1.16)
 _HEAD_TILES = 8
 # Numbers of four bytes that `generate` has in memory at a time for each score of a next token
