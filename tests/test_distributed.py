@@ -99,3 +99,4 @@ if __name__ == "__main__":
     )
     assert trainer.model.is_activation_checkpointing == (kind == "lora")
     assert trainer.args.generation_token_budget < memory._DEFAULT_BUDGET
+    trainer.end()  # a process that left before the other was done would be aborted
