@@ -425,7 +425,7 @@ class SelfPlayCallback(TrainerCallback):
     def _score(self, name: str, pairs: Dataset, args: SPINConfig) -> list[tuple[float, float]]:
         trainer, columns = self.trainer, Columns(pairs)
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
-        lengths = pair_lengths(pairs).tolist()
+        lengths = pair_lengths(columns).tolist()
         # No activations are kept, so shorter rows may come in larger numbers, up to the tokens of the first batch
         batches = length_sorted_batches(lengths, lambda longest: batch_size * max(lengths) // longest)
 

@@ -75,17 +75,17 @@ class Columns:
 
     def __init__(self, dataset: Dataset):
         table = dataset.with_format("arrow")[:]
-        self._scalars, self._lists = {}, {}
+        self.scalars, self._lists = {}, {}
         for name, column in zip(table.column_names, table.columns, strict=True):
             column = column.combine_chunks()
             if pyarrow.types.is_list(column.type):
                 lengths = pyarrow.compute.list_value_length(column).to_numpy()
                 self._lists[name] = column.flatten().to_numpy(), np.concatenate([[0], np.cumsum(lengths)])
             else:
-                self._scalars[name] = column.to_pylist()
+                self.scalars[name] = column.to_pylist()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = {name: values[index] for name, values in self._scalars.items()}
+        row = {name: values[index] for name, values in self.scalars.items()}
         for name, (values, ends) in self._lists.items():
             row[name] = values[ends[index] : ends[index + 1]].tolist()
         return row
@@ -96,8 +96,8 @@ class Columns:
 
     def same(self, name: str, other: "Columns") -> bool:
         """Whether a column is the same as another's."""
-        if name in self._scalars:
-            return self._scalars[name] == other._scalars[name]
+        if name in self.scalars:
+            return self.scalars[name] == other.scalars[name]
         return all(map(np.array_equal, self._lists[name], other._lists[name]))
 
 
@@ -147,7 +147,7 @@ class GameDataset(torch.utils.data.Dataset):
             `np.ndarray`: Tokens of each row in this turn: prompt, real and generated answer.
         """
         self._check_started()
-        by_opponent = [pair_lengths(pairs) for pairs in self.pairs]
+        by_opponent = [pair_lengths(columns) for columns in self._columns]
         rows = np.arange(len(self))
         return np.stack(by_opponent)[(rows + self.turn) % len(by_opponent), rows]
 
@@ -202,20 +202,19 @@ class GameDataset(torch.utils.data.Dataset):
         self.pairs, self._columns = by_opponent, columns
 
 
-def pair_lengths(pairs: Dataset) -> np.ndarray:
+def pair_lengths(pairs: Columns) -> np.ndarray:
     """
     Unique tokens of pairs.
 
     Args:
-        pairs ([`~datasets.Dataset`]):
+        pairs ([`Columns`]):
             Pairs.
 
     Returns:
         `np.ndarray`: Tokens of prompt, real and generated answer together, one number per pair.
     """
-    columns = Columns(pairs.select_columns([*(f"{part}_ids" for part in ("prompt", "real", "generated")), "played"]))
-    prompt, real, generated = (columns.lengths(f"{part}_ids") for part in ("prompt", "real", "generated"))
-    return prompt + real + np.where(pairs["played"][:], generated, real)
+    prompt, real, generated = (pairs.lengths(f"{part}_ids") for part in ("prompt", "real", "generated"))
+    return prompt + real + np.where(pairs.scalars["played"], generated, real)
 
 
 class GameCollator:
