@@ -34,6 +34,8 @@ from transformers import (
 from trl_spin import SPINConfig, SPINTrainer
 
 
+pytest.register_assert_rewrite("theory")  # its asserts, too, say what was compared
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
