@@ -25,13 +25,15 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import make_dataset, make_trainer
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_spin.__main__ import main
 from trl_spin.game import load_game
-from trl_spin.report import summary_rows, write_report
-from trl_spin.run_files import read_run
+from trl_spin.report import card
+from trl_spin.report.page import summary_rows, write_report
+from trl_spin.report.reader import read_run
 
 
 class Page(HTMLParser):
@@ -95,7 +97,15 @@ def test_files_of_a_finished_run(finished):
     assert figures.keys() == {"training", "iterations", *datasets}
     assert {p.suffix for p in path.parent.iterdir()} == {".html", ".png"}
     assert sum(tag == "img" for tag, _ in page.tags) == len(figures)
-    for heading in ("Summary", "Training", "Iterations", "Lengths of the answers", "Lineage", "Settings", "Versions"):
+    for heading in (
+        "Summary",
+        "Training",
+        "Iterations",
+        "Lengths of the completions",
+        "Lineage",
+        "Settings",
+        "Versions",
+    ):
         assert heading in page.text
     assert "2 of 2 iterations finished" in page.text
     fingerprint = json.loads((finished / "self_play/iteration-1/manifest.json").read_text())["opponent"]["fingerprint"]
@@ -114,9 +124,9 @@ def test_numbers_are_those_of_the_run(finished):
         ("Settings", "learning rate"): "learning_rate",
         ("Training, as logged last", "margin"): "rewards/margins",
         ("Held-out prompts (eval), after training", "accuracy"): "eval_rewards/accuracies",
-        ("Held-out prompts (eval), after training", "NLL of real answers, trained"): "eval_nll/real",
-        ("Answers of the opponent (train)", "length of generated answers"): "self_play/mean_length_generated",
-        ("Answers of the opponent (eval)", "truncated"): "eval_self_play/truncated",
+        ("Held-out prompts (eval), after training", "NLL of real completions, trained"): "eval_nll/real",
+        ("Completions of the opponent (train)", "length of generated completions"): "self_play/mean_length_generated",
+        ("Completions of the opponent (eval)", "truncated"): "eval_self_play/truncated",
     }
     page = Page(finished / "report" / "report.html")
     for row, key in keys.items():
@@ -129,7 +139,7 @@ def test_numbers_are_those_of_the_run(finished):
     losses = [(logs["step"], logs["loss"]) for logs in run.log_history if "loss" in logs]
     steps, values = run.series("loss", 0, 1000)
     assert list(zip(steps, values, strict=True)) == losses and steps == [1, 2, 3, 4, 5, 6]
-    assert run.iteration_starts() == [0, 3]
+    assert run.starts == {0: 0, 1: 3}
     models, likelihoods = run.likelihoods()
     assert models == [-1, 0, 1]
     assert likelihoods["train"] == [r["self_play/nll_real"] for r in records] + [None]
@@ -142,11 +152,11 @@ def test_distributions_are_those_of_the_games(finished):
     run = read_run(finished)
     first, second = (load_game(str(finished), t)["train"] for t in range(2))
     for iteration, pairs in zip(run.iterations, (first, second), strict=True):
-        game = iteration.games["train"]
-        assert game.lengths["generated"].tolist() == [len(ids) for ids in pairs["generated_ids"]]
-        # What is not played is not scored: under its name stands the real answer's log-prob
+        completions = iteration.completions["train"]
+        assert completions.lengths["generated"].tolist() == [len(ids) for ids in pairs["generated_ids"]]
+        # What is not played is not scored: under its name stands the real completion's log-prob
         expected = [p["ref_generated_logps"] / len(p["generated_ids"]) for p in pairs if p["played"]]
-        np.testing.assert_allclose(game.logps_per_token["generated"], expected, rtol=1e-6)
+        np.testing.assert_allclose(completions.logps_per_token["generated"], expected, rtol=1e-6)
     expected = [
         (b["ref_real_logps"] - a["ref_real_logps"]) / len(a["real_ids"]) for a, b in zip(first, second, strict=True)
     ]
@@ -158,7 +168,7 @@ def test_signals_are_shown(finished, tmp_path):
     """Probes, warnings, verdict, intervals and metrics of the user's own, where the run has left them."""
     output_dir = tmp_path / "run"
     shutil.copytree(finished, output_dir)
-    for t in range(3):  # the answers of the last model stand with the iteration that was not played
+    for t in range(3):  # the last model's completions stand with the iteration that was not played
         probes = [
             {"row": row, "prompt": f"prompt {row}", "real": "real", "generated": f"by {t}, {row}"} for row in (4, 2)
         ]
@@ -167,7 +177,7 @@ def test_signals_are_shown(finished, tmp_path):
     more = {
         "eval_rewards/accuracies_low": 0.123,
         "eval_rewards/accuracies_high": 0.987,
-        "eval_answers/exact_match": 0.4321,
+        "eval_completions/exact_match": 0.4321,
         "warnings": ["The model runs in `loops`."],
         "verdict": "eval_nll/real 3 -> 4: hurt",
     }
@@ -224,15 +234,17 @@ def test_a_run_that_stopped_in_the_middle(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-10])
     page = Page(write_report(tmp_path))
     assert "There are no curves" in page.text and f"{shard} is damaged" in page.text
-    assert {i.number: list(i.games) for i in read_run(tmp_path).iterations} == {0: ["train"], 1: []}
+    assert {i.number: list(i.completions) for i in read_run(tmp_path).iterations} == {0: ["train"], 1: []}
 
 
 def test_a_run_that_has_just_begun(tmp_path):
     make_trainer(tmp_path).write_run()
     page = Page(write_report(tmp_path))
     assert "0 of 2 iterations finished" in page.text and "No iteration has been played yet" in page.text
-    (tmp_path / "self_play/iteration-0/answers-0123").mkdir(parents=True)
-    assert "Iteration 0 is not there yet" in Page(write_report(tmp_path)).text
+    (tmp_path / "self_play/iteration-0/completions-0123").mkdir(parents=True)
+    (tmp_path / "self_play/iteration-2/completions-0123").mkdir(parents=True)  # those of the last model
+    page = Page(write_report(tmp_path))
+    assert "Iteration 0 has no pairs yet" in page.text and "Iteration 2" not in page.text
     (tmp_path / "self_play/log_history.json").write_text('[{"step": 1, "loss"')  # cut off
     assert "log_history.json cannot be read" in Page(write_report(tmp_path)).text
 
@@ -251,9 +263,9 @@ def test_adapters_history_and_several_held_out_sets(tmp_path):
         p.name for p in (tmp_path / "report").iterdir()
     }
     run = read_run(tmp_path)
-    assert run.held_out() == ["b $x$", "c"]
-    # The answers of the earlier opponent belong to its own iteration
-    assert [len(i.games["train"].pairs) for i in run.iterations] == [12, 12]
+    assert run.held_out == ["b $x$", "c"]
+    # The completions of the earlier opponent belong to its own iteration
+    assert [len(i.completions["train"].pairs) for i in run.iterations] == [12, 12]
     assert run.likelihoods()[1]["c"][2] == record(tmp_path, 1)["eval_c_nll/real"]
     assert "Held-out prompts (b $x$), after training" in page.text
 
@@ -264,6 +276,34 @@ def test_the_style_is_the_reports_own(finished):
         path = write_report(finished)
     assert dict(matplotlib.rcParams) == settings
     assert matplotlib.image.imread(path.parent / "training.png")[0, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_the_card_of_a_model_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(card, "get_trackio_space_url", lambda: "https://space.example?runs=1")
+    monkeypatch.setenv("JOB_ID", "1")
+    card.write_model_card(
+        tmp_path / "README.md",
+        model_name="spin",
+        hub_model_id="me/spin",
+        base_model="org/sft",
+        revision="v1",
+        dataset_name="org/data",
+        data="`data`, 4 prompts",
+        settings={"seed": 0, "loss_type": ["sigmoid"]},
+        records=[],
+        tags=["trl", "spin", "trackio:https://space.example"],
+    )
+    written = ModelCard.load(tmp_path / "README.md")
+    assert written.data.base_model == "org/sft" and written.data.datasets == "org/data"
+    tags = ["generated_from_trainer", "trl", "spin", "trackio:https://space.example?runs=1", "hf_jobs"]
+    assert written.data.tags == tags
+    for text in (
+        "fine-tuned version of [org/sft](https://huggingface.co/org/sft) on the [org/data](",
+        'model="me/spin"',
+        "](https://space.example?runs=1)\n\nThis model was trained with SPIN",
+        "- Lineage: `org/sft` (revision `v1`)\n- Settings: seed = 0, loss_type = ['sigmoid']\n\n### Framework",
+    ):
+        assert text in written.text
 
 
 def test_command(finished, monkeypatch, capsys):

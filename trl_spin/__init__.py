@@ -23,12 +23,18 @@ except PackageNotFoundError:
 
 if TYPE_CHECKING:
     from .callbacks import SelfPlayCallback
+    from .shared_prefix_trainer import SharedPrefixDPOTrainer
     from .spin_config import SPINConfig
     from .spin_trainer import SPINTrainer
 
-_MODULES = {"SPINConfig": "spin_config", "SPINTrainer": "spin_trainer", "SelfPlayCallback": "callbacks"}
+_MODULES = {
+    "SPINConfig": "spin_config",
+    "SPINTrainer": "spin_trainer",
+    "SelfPlayCallback": "callbacks",
+    "SharedPrefixDPOTrainer": "shared_prefix_trainer",
+}
 
-__all__ = ["SPINConfig", "SPINTrainer", "SelfPlayCallback"]
+__all__ = ["SPINConfig", "SPINTrainer", "SelfPlayCallback", "SharedPrefixDPOTrainer"]
 
 
 def __getattr__(name: str):

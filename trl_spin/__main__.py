@@ -162,7 +162,7 @@ def make_parser(prog: str = "trl-spin"):
 
 def main():
     if sys.argv[1:2] == ["report"]:
-        from .report import main as report
+        from .report.page import main as report
 
         return report(sys.argv[2:])
     run(*make_parser().parse_args_and_config())

@@ -25,7 +25,8 @@ A name that [`~trl.DPOTrainer`] has as well (`"sigmoid"`, `"hinge"`) means the s
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -285,3 +286,57 @@ def space(
     log_mu = math.log(mu)
     real, generated = beta * real_logratios - log_mu, beta * generated_logratios - log_mu
     return -F.logsigmoid(real) - mu * F.logsigmoid(-generated)
+
+
+@dataclass(frozen=True)
+class ChosenLosses:
+    """
+    The losses of a run, by who computes them.
+
+    Args:
+        trl (`list[tuple[str, float]]`):
+            Names and weights of those that DPOTrainer computes.
+        own (`list[tuple[Objective, float]]`):
+            The others, with their options set, and their weights.
+        of_margin (`bool`):
+            Whether all of them depend on a pair through r - r' alone.
+    """
+
+    trl: list[tuple[str, float]]
+    own: list[tuple[Objective, float]]
+    of_margin: bool
+
+    def at_zero(self, beta: float) -> float:
+        """ℓ(0), where all losses are of the margin."""
+        zero = torch.zeros(1)
+        losses = [*self.own, *((OBJECTIVES[name], weight) for name, weight in self.trl)]
+        return sum(weight * objective.loss(zero, zero, beta).item() for objective, weight in losses)
+
+
+def choose_losses(args: Any, loss: Callable[..., torch.Tensor] | None = None) -> ChosenLosses:
+    """
+    The losses that the options name, or a given function in their place.
+
+    Args:
+        args ([`SPINConfig`]):
+            `loss_type`, `loss_weights`, `use_weighting`, and the options of the objectives.
+        loss (`Callable[..., torch.Tensor]`, *optional*):
+            Function of the log-ratios of the real and of the generated completions, and of λ.
+    """
+    weights = args.loss_weights or [1.0] * len(args.loss_type)
+    if loss is not None:
+        if args.loss_type != ["sigmoid"] or args.use_weighting:
+            raise ValueError(
+                f"`objective` takes the place of `loss_type` ({args.loss_type}) and its options (`use_weighting="
+                f"{args.use_weighting}`): leave them unset."
+            )
+        return ChosenLosses([], [(Objective(loss), weights[0])], of_margin=False)
+    losses = list(zip(args.loss_type, weights, strict=True))
+    own = []
+    for name, weight in losses:
+        if name not in TRL_LOSSES:
+            options = {argument: getattr(args, option) for argument, option in OBJECTIVES[name].options.items()}
+            own.append((replace(OBJECTIVES[name], loss=partial(OBJECTIVES[name].loss, **options)), weight))
+    of_margin = all(name in OBJECTIVES and OBJECTIVES[name].of_margin for name in args.loss_type)
+    trl = [(name, weight) for name, weight in losses if name in TRL_LOSSES]
+    return ChosenLosses(trl, own, of_margin and not args.use_weighting)

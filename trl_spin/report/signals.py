@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a game looks like, in numbers and in words: can the two sides be told apart, by what, and what to do about it."""
+"""What the two sides of a game look like, in numbers, and what deserves a warning."""
 
 import math
 from collections import Counter
@@ -23,17 +23,8 @@ from datasets import Dataset
 
 def auc(positive: list[float], negative: list[float]) -> float:
     """
-    How well a score separates two groups: the probability that a random positive scores higher than a random negative,
-    ties counted half (the Mann-Whitney statistic). 0.5 is chance.
-
-    Args:
-        positive (`list[float]`):
-            Scores of the one group.
-        negative (`list[float]`):
-            Scores of the other.
-
-    Returns:
-        `float`: Area under the ROC curve.
+    Area under the ROC curve: the probability that a random positive scores higher than a random negative, where ties
+    count half (the Mann-Whitney statistic). 0.5 is chance.
     """
     negative = np.sort(negative)
     below, up_to = (np.searchsorted(negative, positive, side=side) for side in ("left", "right"))
@@ -42,37 +33,27 @@ def auc(positive: list[float], negative: list[float]) -> float:
 
 def proportion_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """
-    Wilson's score interval of a proportion, which holds its promise near 0 and 1 and for few observations.
-
-    Args:
-        share (`float`):
-            Observed share.
-        count (`int`):
-            Number of observations.
-        z (`float`, *optional*, defaults to `1.96`):
-            Quantile of the normal distribution; 1.96 for 95%.
-
-    Returns:
-        `tuple[float, float]`: Lower and upper end.
+    Wilson's score interval of a proportion, which stays accurate near 0 and 1 and with few observations. `z` is the
+    quantile of the normal distribution: 1.96 for 95%.
     """
     center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     radius = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return center - radius, center + radius
 
 
-def distinct_ngrams(answers: list[list[int]], n: int) -> float:
-    """Share of different n-grams among all n-grams of the answers (distinct-n, https://huggingface.co/papers/1510.03055)."""
-    windows = [np.lib.stride_tricks.sliding_window_view(ids, n) for ids in answers if len(ids) >= n]
+def distinct_ngrams(completions: list[list[int]], n: int) -> float:
+    """Share of distinct n-grams among all n-grams (distinct-n, https://huggingface.co/papers/1510.03055)."""
+    windows = [np.lib.stride_tricks.sliding_window_view(ids, n) for ids in completions if len(ids) >= n]
     if not windows:
         return 0.0
     ngrams = np.concatenate(windows)
     return len(np.unique(ngrams, axis=0)) / len(ngrams)
 
 
-def repetition(answers: list[list[int]], n: int = 4) -> float:
-    """Mean share of an answer's n-grams that it has already used: 0 for a text without loops."""
+def repetition(completions: list[list[int]], n: int = 4) -> float:
+    """Mean share of n-grams that their completion has already used: 0 for text without loops."""
     shares = []
-    for ids in answers:
+    for ids in completions:
         ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
         shares.append(1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0)
     return sum(shares) / len(shares)
@@ -80,8 +61,8 @@ def repetition(answers: list[list[int]], n: int = 4) -> float:
 
 def first_token_auc(pairs: Dataset) -> float:
     """
-    How well an answer's first token alone tells real from generated: tokens are counted in one half of the pairs, and
-    scored by the log-ratio of their counts in the other, so that nothing is learned by heart.
+    How well the first token alone tells real from generated completions. Tokens are counted in one half of the pairs
+    and score the other half by the log-ratio of their counts, so that no pair is scored by its own counts.
     """
     real, generated = ([ids[0] if ids else -1 for ids in pairs[f"{side}_ids"][:]] for side in ("real", "generated"))
     values = []
@@ -98,25 +79,17 @@ def first_token_auc(pairs: Dataset) -> float:
 
 def describe_game(pairs: Dataset) -> dict[str, float]:
     """
-    Lengths, shares, diversity and likelihoods of a game that has been scored, per answer or per token. The areas under
-    the curve say how well one number alone tells a real answer (above 0.5) from a generated one: its length, its first
-    token, its log-prob per token under the opponent.
-
-    Args:
-        pairs ([`~datasets.Dataset`]):
-            Pairs of one opponent.
-
-    Returns:
-        `dict[str, float]`: Metrics by name.
+    Lengths, shares, diversity and likelihoods of one opponent's pairs, which must have been scored, per completion or
+    per token. The areas under the curve (AUC) say how well one number alone tells real from generated completions: the
+    length, the first token, the log-prob per token under the opponent. Above 0.5, real completions score higher.
     """
 
-    def mean(values) -> float:
-        values = list(values)
+    def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
     real, generated = pairs["real_ids"][:], pairs["generated_ids"][:]
     lengths = {"real": [len(ids) for ids in real], "generated": [len(ids) for ids in generated]}
-    # A pair that is not played is scored as twice the real answer, so its generated one has no log-prob of its own
+    # In a pair that is not played, the real completion is scored in place of the generated one as well
     played = pairs["played"][:]
     logps = {side: [v for v, p in zip(pairs[f"ref_{side}_logps"][:], played, strict=True) if p] for side in lengths}
     scored = {side: [n for n, p in zip(lengths[side], played, strict=True) if p] for side in lengths}
@@ -144,80 +117,61 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
 
 def find_warnings(game: dict[str, float], earlier: dict[str, float] | None) -> list[str]:
     """
-    What in a game deserves a look, in words, with the remedy.
-
-    Args:
-        game (`dict[str, float]`):
-            Metrics of the game, see [`describe_game`].
-        earlier (`dict[str, float]`, *optional*):
-            Metrics of the game before it.
-
-    Returns:
-        `list[str]`: Warnings.
+    What deserves a look in a game, and what to do about it. `game` and `earlier`, the game before it if there is one,
+    are as [`describe_game`] returns them.
     """
     warnings = []
     remedies = {
-        "truncated": "Raise `max_completion_length`, or check that the model was fine-tuned to end its answers: "
-        "otherwise real and generated answers differ by their length above all.",
+        "truncated": "Raise `max_completion_length`, or check that the model was fine-tuned to end its "
+        "completions: otherwise real and generated completions differ mainly in length.",
         "empty": "Is the chat template the one the model was fine-tuned with?",
-        "identical": "The model has learned the data by heart, and there is little to learn from.",
+        "identical": "The model has memorized the data, and there is little left to learn.",
     }
     for kind, remedy in remedies.items():
         if game[kind] > 0.5:
-            warnings.append(f"{game[kind]:.0%} of the generated answers are {kind}. {remedy}")
+            warnings.append(f"{game[kind]:.0%} of the generated completions are {kind}. {remedy}")
     if game["distinct_generated"] < 0.5 * game["distinct_real"]:
         warnings.append(
-            f"{game['distinct_generated']:.0%} of the generated answers are distinct, but {game['distinct_real']:.0%} of "
-            "the real ones. The model repeats itself: lower the learning rate or raise `beta`, and look at the answers."
+            f"{game['distinct_generated']:.0%} of the generated completions are distinct, but "
+            f"{game['distinct_real']:.0%} of the real ones. The model repeats itself: lower the learning rate or "
+            "raise `beta`, and look at the completions."
         )
     if game["repetition_generated"] > 0.2 + game["repetition_real"]:
         warnings.append(
-            f"{game['repetition_generated']:.0%} of the 4-grams in a generated answer are repeats, but "
-            f"{game['repetition_real']:.0%} in a real one: the model runs in loops. Lower the learning rate or raise `beta`."
+            f"{game['repetition_generated']:.0%} of the 4-grams in a generated completion are repeats, but "
+            f"{game['repetition_real']:.0%} in a real one: the model loops. Lower the learning rate or raise `beta`."
         )
     if max(game["auc_length"], 1 - game["auc_length"]) > 0.75:
         longer = "real" if game["auc_length"] > 0.5 else "generated"
         warnings.append(
-            f"Length alone tells real from generated answers (AUC {game['auc_length']:.2f}, the {longer} ones are longer), "
-            "and the game can be won by it. `truncated_completions='cut_real'` evens it out where answers are cut; else "
-            "raise `beta` or lower the learning rate."
+            f"Length alone tells real from generated completions (AUC {game['auc_length']:.2f}, the {longer} ones are "
+            "longer), which is enough to win the game. Raise `beta` or lower the learning rate or, where completions "
+            "are truncated, cut the real ones as well with `truncated_completions='cut_real'`."
         )
     if game["auc_first_token"] > 0.75:
         warnings.append(
-            f"The first token alone tells real from generated answers (AUC {game['auc_first_token']:.2f}). Usually a "
-            "template or a space differs between what the model was fine-tuned on and what it answers to: compare "
-            "`real_ids` and `generated_ids` of some pairs."
+            f"The first token alone tells real from generated completions (AUC {game['auc_first_token']:.2f}). "
+            "Usually the chat template, or a space, is not what the model was fine-tuned with: compare `real_ids` and "
+            "`generated_ids` in a few pairs."
         )
     if earlier is not None and game["nll_real"] > earlier["nll_real"] + 0.02:
         warnings.append(
-            f"The real answers have become less likely: negative log-likelihood {earlier['nll_real']:.3f} -> "
-            f"{game['nll_real']:.3f} per token. The last iteration overshot: raise `beta`, lower the learning rate or the "
-            "number of passes, or add an anchor with `sft_weight`."
+            f"The real completions have become less likely: negative log-likelihood {earlier['nll_real']:.3f} -> "
+            f"{game['nll_real']:.3f} per token. The last iteration overshot: raise `beta`, lower the learning rate or "
+            "the number of passes, or add an anchor with `sft_weight`."
         )
     return warnings
 
 
 def judge(before: float, after: float, name: str, greater_is_better: bool) -> tuple[bool, str]:
     """
-    Whether an iteration helped, by one number measured before and after it.
-
-    Args:
-        before (`float`):
-            Value of the opponent.
-        after (`float`):
-            Value of the model that the iteration made.
-        name (`str`):
-            Name of the number.
-        greater_is_better (`bool`):
-            Whether it should rise.
-
-    Returns:
-        `tuple[bool, str]`: Whether the model is no worse than before, and the verdict in words.
+    Whether the model is no worse than before the iteration, by one metric of the opponent (`before`) and of the
+    trained model (`after`), and the verdict in words.
     """
     fine = after >= before if greater_is_better else after <= before
     return fine, f"{name} {before:.4g} -> {after:.4g}: {'helped' if fine else 'hurt'}"
 
 
 def metric_prefix(name: str) -> str:
-    """What stands before the metrics of a dataset."""
+    """Prefix of a dataset's metrics."""
     return {"train": "", "eval": "eval_"}.get(name, f"eval_{name}_")

@@ -12,41 +12,57 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tables in the terminal. What a model or a dataset wrote is text in them, never markup."""
+"""Tables of a run: the one of its iterations, and how a table is printed in the terminal."""
 
 import shutil
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers.utils import is_rich_available
 
 
-def show_table(title: str, rows: list[list[str]]):
-    """
-    Prints a table, with rich where it is installed.
+# Title of each column, and what it shows of an iteration's record
+_COLUMNS = {
+    "iteration": "iteration",
+    "λ": "beta",
+    "learning rate": "learning_rate",
+    "passes": "num_train_epochs",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "held-out accuracy": "eval_rewards/accuracies",
+    "held-out margin": "eval_rewards/margins",
+    "held-out NLL": "eval_nll/real",
+    "length real": "self_play/mean_length_real",
+    "length generated": "self_play/mean_length_generated",
+    "truncated": "self_play/truncated",
+    "empty": "self_play/empty",
+    "identical": "self_play/identical",
+}
 
-    Args:
-        title (`str`):
-            Title.
-        rows (`list[list[str]]`):
-            Cells; the first row holds the titles of the columns.
-    """
+
+def iteration_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """Titles, then a row per record of an iteration. Columns without any value are left out."""
+    columns = {title: key for title, key in _COLUMNS.items() if any(key in record for record in records)}
+    cells = [["" if key not in record else f"{record[key]:.4g}" for key in columns.values()] for record in records]
+    return [list(columns), *cells]
+
+
+def show_table(title: str, rows: list[list[str]]):
+    """Prints a table whose first row holds the titles of the columns, with rich where it is installed."""
     rows = [[printable(cell) for cell in row] for row in rows]
     if is_rich_available():
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(
-            title=Text(title), show_lines=any("\n" in cell or len(cell) > 30 for row in rows for cell in row)
-        )
+        # As `Text`: what a model or a dataset wrote is never markup
+        table = Table(title=Text(title), show_lines=any(len(c) > 30 or "\n" in c for row in rows for c in row))
         for column in rows[0]:
             table.add_column(Text(column), overflow="fold")
         for row in rows[1:]:
             table.add_row(*map(Text, row))
-        console = Console()
-        with console.capture() as capture:
-            console.print(table)
-        tqdm.write(capture.get())
+        with tqdm.external_write_mode():
+            Console().print(table)
         return
     width = max(12, shutil.get_terminal_size().columns // len(rows[0]) - 2)
     cells = [[cell.replace("\n", " ")[:width] for cell in row] for row in rows]

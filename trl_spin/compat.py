@@ -1,0 +1,66 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What DPOTrainer and bitsandbytes do to a model that self-play cannot use, each until the named version changes it."""
+
+import inspect
+from contextlib import contextmanager
+
+import trl.trainer.dpo_trainer
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from .spin_config import SPINConfig
+
+
+@contextmanager
+def no_model_hash():
+    """Spares DPOTrainer the hash of the model."""
+    # DPOTrainer hashes all weights to recognize log-probs that it has cached (trl 1.16): a minute for a model of 7B. Self-play
+    # caches none
+    hash_module = trl.trainer.dpo_trainer.hash_module
+    trl.trainer.dpo_trainer.hash_module = lambda model: ""
+    try:
+        yield
+    finally:
+        trl.trainer.dpo_trainer.hash_module = hash_module
+
+
+def prepare_model(model: PreTrainedModel | PeftModel, args: SPINConfig):
+    """Takes back what DPOTrainer does to a model for a fixed reference, and what hinders training after generation."""
+    if isinstance(model, PeftModel) and "ref" in model.peft_config:
+        model.delete_adapter("ref")  # a copy of a given adapter
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first forward pass in
+        # evaluation mode, and no gradient flows through them from then on: after generation, nothing would train
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        # TRL zeroes the `nn.Dropout` modules only, attention modules keep their rate in an attribute
+        if args.disable_dropout and isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def check_forward(model: PreTrainedModel | PeftModel):
+    """Raises a `ValueError` if the model generates with the weights of another one."""
+    # TRL trainers leave a patched `forward` on the model (trl 1.16, `add_fused_lm_head`). In a deep copy of such a model,
+    # it still calls the original: the copy would be trained, but the original would be the opponent
+    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    patched = vars(base_model).get("forward")
+    original = patched and inspect.getclosurevars(patched).nonlocals.get("original_forward")
+    if getattr(original, "__self__", base_model) is not base_model:
+        raise ValueError(
+            "The model is a deep copy of a model that was used in a TRL trainer, and it generates with the weights of "
+            "that model instead of its own. Save it with `save_pretrained` and pass the path instead."
+        )

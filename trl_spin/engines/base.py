@@ -1,0 +1,229 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What engines have in common: their interface, their registry, and the model made ready to generate."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
+from trl import GRPOConfig
+from trl.distributed import DistributedBackend
+from trl.models.utils import unwrap_model_for_generation
+
+from ..pairs import Rules
+from ..run.processes import Processes
+
+
+# Engines that schedule their rows themselves want many at once: while the last of them end, there is little to do. But
+# only between batches are completions committed and signals heard
+LARGE_BATCH = 4096
+
+# Prompts, their seeds, and the number of tokens to generate at most -> generated ids; `None` if a signal cut them short
+Complete = Callable[[list[list[int]], list[int], int], list[list[int]] | None]
+
+
+def grpo_option(name: str) -> Any:
+    """A field with name, default and help of [`~trl.GRPOConfig`]."""
+    option = GRPOConfig.__dataclass_fields__[name]
+    return field(default=option.default, metadata=option.metadata)
+
+
+@dataclass
+class SamplingOptions:
+    """Options of all engines."""
+
+    max_completion_length: int = grpo_option("max_completion_length")
+    temperature: float = grpo_option("temperature")
+    top_p: float = grpo_option("top_p")
+    top_k: int = grpo_option("top_k")
+    min_p: float | None = grpo_option("min_p")
+    repetition_penalty: float = grpo_option("repetition_penalty")
+    generation_kwargs: dict[str, Any] | str | None = grpo_option("generation_kwargs")
+    generation_token_budget: int | None = None
+    ds3_gather_for_generation: bool = grpo_option("ds3_gather_for_generation")
+
+
+ENGINES: dict[str, type["Engine"]] = {}
+
+
+class Engine:
+    """
+    Completes prompts. A subclass is an engine as soon as it is defined: it is chosen where its `flag` is set.
+
+    Args:
+        args ([`SPINConfig`]):
+            Options.
+        processes ([`~run.processes.Processes`]):
+            Processes that share the work.
+        rules ([`~pairs.Rules`]):
+            Tokenizer, end tokens, and the longest prompt plus completion.
+    """
+
+    name: ClassVar[str]
+    flag: ClassVar[str | None] = None  # option that chooses this engine
+    Options: ClassVar[type] = type("Options", (), {"__dataclass_fields__": {}})  # those that no other engine honours
+
+    def __init_subclass__(cls):
+        ENGINES[cls.name] = cls
+
+    def __init__(self, args: Any, processes: Processes, rules: Rules):
+        self.args, self.processes, self.rules, self.accelerator = args, processes, rules, processes.accelerator
+        # Left open, it is settled before the first iteration. Until then, each prompt is a batch of its own
+        self.token_budget: int | None = args.generation_token_budget
+
+    @classmethod
+    def refused(cls, args: Any) -> dict[str, str]:
+        """Options of all engines, or of its own, that it cannot honour, and where they mean nothing."""
+        return {}
+
+    @classmethod
+    def check(cls, args: Any, model: str | PreTrainedModel | PeftModel | None = None):
+        """
+        Raises an error if it cannot complete prompts, before anything is computed: when the options are made, when the
+        trainer is given its model, perhaps as a name, and when that is loaded.
+        """
+
+    def batches(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Which prompts are completed together. By default large batches of about the same size, as many per process."""
+        num_processes = self.accelerator.num_processes
+        rounds = math.ceil(len(prompts) / (num_processes * LARGE_BATCH))
+        num_batches = min(len(prompts), rounds * num_processes)
+        return [list(range(start, len(prompts), num_batches)) for start in range(num_batches)]
+
+    def complete(
+        self,
+        model: torch.nn.Module,
+        prompts: list[list[int]],
+        seeds: list[int],
+        max_new_tokens: int,
+        desc: str | None,
+        done: dict[int, dict[str, Any]] | None = None,
+        commit: Callable[[list[tuple[int, dict[str, Any]]]], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """
+        Completes all prompts. Model mode, gradient checkpointing and generation config are as before afterwards.
+
+        Args:
+            model (`torch.nn.Module`):
+                Model as prepared for training.
+            prompts (`list[list[int]]`):
+                Token ids of the prompts.
+            seeds (`list[int]`):
+                One seed per prompt.
+            max_new_tokens (`int`):
+                Longest completion, in tokens, where `max_length` does not end it before.
+            desc (`str`, *optional*):
+                Title of the progress bar, if there should be one.
+            done (`dict[int, dict[str, Any]]`, *optional*):
+                Completions that are there already, by index of the prompt.
+            commit (`Callable`, *optional*):
+                See [`~run.processes.Processes.map`].
+
+        Returns:
+            `list[dict[str, Any]]`: See [`~pairs.Rules.finish`]; one dict per prompt, in their order, on every process.
+        """
+        limits = [min(max_new_tokens, (self.rules.max_length or math.inf) - len(prompt)) for prompt in prompts]
+        with self.open(model) as generate:
+
+            def complete_batch(batch: list[int]) -> list[dict[str, Any]] | None:
+                longest = max(limits[i] for i in batch)
+                generated = generate([prompts[i] for i in batch], [seeds[i] for i in batch], longest)
+                if generated is None:
+                    return None
+                return [self.rules.finish(prompts[i], ids, limits[i]) for i, ids in zip(batch, generated, strict=True)]
+
+            batches = self.batches(prompts, max_new_tokens)
+            completions = self.processes.map(batches, complete_batch, desc, done, commit)
+        clear_device_cache()
+        return completions
+
+    def open(self, model: torch.nn.Module) -> AbstractContextManager[Complete]:
+        """Completes prompts with the model as prepared for training, for as long as its weights stay as they are."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """How completions are generated, for the plan."""
+        raise NotImplementedError
+
+
+def chosen_engine(args: Any) -> type[Engine]:
+    """The engine that the options choose. Raises a `ValueError` if they choose two, or set what it cannot honour."""
+    chosen = [engine for engine in ENGINES.values() if engine.flag and getattr(args, engine.flag, False)]
+    if len(chosen) > 1:
+        raise ValueError(
+            f"{' and '.join(f'`{engine.flag}`' for engine in chosen)} are both set, but one engine generates: set one."
+        )
+    engine = chosen[0] if chosen else ENGINES["generate"]
+    # An option that has no effect would be taken for one that has
+    where = f"to the engine that generates ({engine.name!r})"
+    others = [other for other in ENGINES.values() if other is not engine]
+    refused = {option.name: where for other in others for option in fields(other.Options)} | engine.refused(args)
+    options = type(args).__dataclass_fields__
+    for name, where in refused.items():
+        if name in options and getattr(args, name) != options[name].default:
+            raise ValueError(f"`{name}={getattr(args, name)!r}` means nothing {where}. Leave it unset.")
+    engine.check(args)
+    return engine
+
+
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Leaves torch's random state as it was."""
+    fork = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**fork):
+        yield
+
+
+def enable_checkpointing(model: PreTrainedModel | PeftModel, args: Any):
+    """Turns gradient checkpointing on, with the options that the Trainer knows."""
+    kwargs = dict(args.gradient_checkpointing_kwargs or {})
+    # These are for the model, all others for torch
+    options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    # The name that all versions of transformers before 6 have
+    model.gradient_checkpointing_enable(kwargs or None, **options)
+
+
+@contextmanager
+def ready_to_generate(
+    model: torch.nn.Module, accelerator: Accelerator, args: Any
+) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedModel]]:
+    """The unwrapped model in evaluation mode, and the one inside its adapter, which has no generation config."""
+    was_training = model.training
+    was_checkpointing = accelerator.unwrap_model(model).is_gradient_checkpointing
+    with (
+        unwrap_model_for_generation(
+            model, accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
+        ) as unwrapped_model,
+        DistributedBackend(accelerator).summon_full_params(model, recurse=False),
+    ):
+        unwrapped_model.eval()
+        # `generate` fills gaps in a config from the model's own config: leave it nothing to take
+        base_model = unwrapped_model.get_base_model() if isinstance(unwrapped_model, PeftModel) else unwrapped_model
+        own_config, base_model.generation_config = base_model.generation_config, GenerationConfig()
+        try:
+            yield unwrapped_model, base_model
+        finally:
+            base_model.generation_config = own_config
+            model.train(was_training)
+    if was_checkpointing:  # TRL turns it on again with other options than the Trainer had (trl 1.16)
+        unwrapped_model.gradient_checkpointing_disable()
+        enable_checkpointing(unwrapped_model, args)

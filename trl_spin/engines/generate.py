@@ -1,0 +1,200 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""transformers' `generate`, with samples that depend on their seed alone."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from trl.trainer.utils import pad
+
+from ..run.processes import StopSignal, explain_out_of_memory
+from .base import Complete, Engine, grpo_option, ready_to_generate
+
+
+# These act on sampling inside `generate`, which here only takes the argmax (see `SampleByRow`)
+_UNSUPPORTED = set("do_sample num_beams typical_p epsilon_cutoff eta_cutoff top_h num_return_sequences".split())
+
+
+def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) -> list[list[int]]:
+    """
+    Groups rows of similar length, the longest first so that running out of memory happens at once. `max_size` is the
+    number of rows in a batch whose longest row has the given length.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches = []
+    while order:
+        size = max(1, max_size(lengths[order[0]]))
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
+def _wrapped(number: int) -> int:
+    return number - 2**64  # the same 64 bits as a signed integer, which is what torch computes with
+
+
+_GAMMA, _MIX_1, _MIX_2 = map(_wrapped, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def splitmix64(state: torch.Tensor) -> torch.Tensor:
+    """
+    Output function of SplitMix64 (Steele, Lea and Flood, [Fast Splittable Pseudorandom Number
+    Generators](https://doi.org/10.1145/2714064.2660195)): random bits that are a function of the state alone, the same
+    on every device.
+
+    Takes states of dtype `torch.int64`, where n states after the seed is seed + n · 0x9E3779B97F4A7C15, and returns 64
+    random bits for each.
+    """
+
+    def shift(bits: torch.Tensor, by: int) -> torch.Tensor:
+        return (bits >> by).bitwise_and_(2 ** (64 - by) - 1)  # `>>` alone would copy the sign
+
+    bits = (state ^ shift(state, 30)).mul_(_MIX_1)
+    bits.bitwise_xor_(shift(bits, 27)).mul_(_MIX_2)
+    return bits.bitwise_xor_(shift(bits, 31))
+
+
+class SampleByRow(LogitsProcessor):
+    r"""
+    Makes the argmax of the scores a sample from their softmax, with random numbers of its own for each row.
+
+    `argmax(scores - log(E))` with independent `E ~ Exp(1)` is an exact sample from `softmax(scores)` (the Gumbel-max
+    trick: `-log(E)` is Gumbel noise). The noise of a row is a function of its seed, of the step and of the token, so its
+    sample depends neither on the rest of the batch, nor on the number of processes, nor on the device, nor on what was
+    sampled before.
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device):
+        self.states = torch.tensor(seeds, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.states = self.states + _GAMMA
+        tokens = torch.arange(1, scores.size(1) + 1, device=scores.device) * _GAMMA
+        bits = splitmix64(splitmix64(self.states)[:, None] + tokens)
+        # Uniform in (0, 1), with all its digits near 0, where the rare tokens are decided
+        uniform = (bits >> 11).bitwise_and_(2**53 - 1).float().add_(0.5).mul_(2**-53).clamp_(max=1 - 2**-24)
+        exponential = uniform.neg_().log1p_().neg_()
+        return scores - exponential.log_()
+
+
+class StopOnSignal(StoppingCriteria):
+    """Ends `generate` at the next token once this process was told to stop."""
+
+    def __init__(self, stop: StopSignal):
+        self.stop = stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        stop = self.stop.signum != 0
+        return torch.full((input_ids.size(0),), stop, dtype=torch.bool, device=input_ids.device)
+
+
+def generation_config(args: Any, end_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
+    """
+    Generation config of the opponent. It is complete: nothing is taken over from the model's own config, whose
+    sampling settings (a temperature of 0.6, say) would make the completions come from another distribution than p_θ.
+    """
+    kwargs = args.generation_kwargs or {}
+    unsupported = sorted(_UNSUPPORTED & kwargs.keys())
+    if unsupported:
+        raise ValueError(
+            f"`generation_kwargs` holds {unsupported}, which self-play does not support: each prompt gets one completion, "
+            "sampled with `temperature`, `top_p`, `top_k` and `min_p`. Remove them."
+        )
+    options = {
+        "do_sample": False,  # `SampleByRow` turns the argmax into a sample
+        "repetition_penalty": args.repetition_penalty,
+        "cache_implementation": args.cache_implementation,
+        "use_cache": True,
+        "eos_token_id": end_token_ids,
+        "pad_token_id": pad_token_id,
+    }
+    return GenerationConfig(**options | kwargs)
+
+
+def sampling_processors(args: Any, seeds: list[int], device: torch.device) -> LogitsProcessorList:
+    """
+    Logits processors that sample with the given options, in the order in which `generate` applies them, one seed per
+    row of the batch; none if `temperature` is 0.
+    """
+    processors = LogitsProcessorList()
+    if args.temperature == 0:
+        return processors
+    if args.temperature != 1:
+        processors.append(TemperatureLogitsWarper(args.temperature))
+    if args.top_k:
+        processors.append(TopKLogitsWarper(args.top_k))
+    if args.top_p < 1:
+        processors.append(TopPLogitsWarper(args.top_p))
+    if args.min_p is not None:
+        processors.append(MinPLogitsWarper(args.min_p))
+    processors.append(SampleByRow(seeds, device))
+    return processors
+
+
+class Generate(Engine):
+    """transformers' `generate`: a sample depends on its seed alone."""
+
+    name = "generate"
+
+    @dataclass
+    class Options:
+        cache_implementation: str | None = grpo_option("cache_implementation")
+
+    def batches(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        lengths = [len(prompt) for prompt in prompts]
+        return length_sorted_batches(lengths, lambda longest: (self.token_budget or 1) // (longest + max_new_tokens))
+
+    @contextmanager
+    def open(self, model: torch.nn.Module) -> Iterator[Complete]:
+        args, pad_token_id = self.args, self.rules.tokenizer.pad_token_id
+        config = generation_config(args, self.rules.end_token_ids, pad_token_id)
+        with ready_to_generate(model, self.accelerator, args) as (unwrapped_model, _), self.accelerator.autocast():
+
+            @torch.no_grad()
+            def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]] | None:
+                device = unwrapped_model.device
+                batch_config = copy.deepcopy(config)
+                batch_config.max_new_tokens = max_new_tokens
+                ids = pad([torch.tensor(prompt) for prompt in prompts], pad_token_id, padding_side="left")
+                mask = pad([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], padding_side="left")
+                with explain_out_of_memory("generation", "Lower `generation_token_budget`, here and on resume."):
+                    sequences = unwrapped_model.generate(
+                        input_ids=ids.to(device),
+                        attention_mask=mask.to(device),
+                        generation_config=batch_config,
+                        logits_processor=sampling_processors(args, seeds, device),
+                        stopping_criteria=StoppingCriteriaList([StopOnSignal(self.processes.stop)]),
+                    )
+                return None if self.processes.stop.signum else sequences[:, ids.size(1) :].tolist()
+
+            yield complete
+
+    def describe(self) -> str:
+        return f"in batches of up to {self.token_budget:,}"

@@ -1,0 +1,195 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""vLLM, in the training processes or on a server, through TRL's `VLLMGeneration`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+from trl.import_utils import is_vllm_available
+
+from ..run.processes import explain_out_of_memory
+from .base import Complete, Engine, forked_rng, grpo_option
+
+
+if TYPE_CHECKING:
+    from trl.generation.vllm_generation import VLLMGeneration
+
+# Options that have no effect in the other mode
+_MODES = {
+    "colocate": """
+        vllm_model_impl vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_max_model_length
+        vllm_tensor_parallel_size
+    """.split(),
+    "server": """
+        vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
+    """.split(),
+}
+# Arguments of vLLM's `SamplingParams` that would change what a completion is, or how it is sampled
+_RESERVED = set(
+    """
+    n temperature top_p top_k min_p repetition_penalty max_tokens seed stop stop_token_ids ignore_eos logprobs
+    prompt_logprobs
+    """.split()
+)
+_OUT_OF_MEMORY = "Lower `vllm_gpu_memory_utilization`, set `vllm_enable_sleep_mode`, or use `vllm_mode='server'`, here and on resume."
+
+
+@contextmanager
+def unchanged_base_weights(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """
+    Puts back the weights below an adapter, bit by bit. To merge the adapter and to take it out again changes them by
+    rounding, and opponent and reference would no longer be the same model.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    weights = {weight for layer in layers for weight in layer.get_base_layer().parameters()}
+    copies = {weight: weight.detach().to("cpu", copy=True) for weight in weights}
+    try:
+        yield
+    finally:
+        for weight, original in copies.items():
+            weight.data.copy_(original)
+        for layer in layers:
+            layer.merged_adapters.clear()  # should an error have left the adapter merged
+
+
+def fill_up(prompts: list[list[int]], sizes: list[int]) -> list[list[int]]:
+    """
+    Repeats the first prompt until the batch is as large as that of any process: TRL finds each process's share of the
+    completions by its own number of prompts (trl 1.16).
+    """
+    return prompts + prompts[:1] * (max(sizes) - len(prompts))
+
+
+class VLLM(Engine):
+    """vLLM, with the weights as they are now. Samples depend on what else is in the batch."""
+
+    name = "vllm"
+    flag = "use_vllm"
+
+    @dataclass
+    class Options:
+        use_vllm: bool = grpo_option("use_vllm")
+        vllm_mode: str = grpo_option("vllm_mode")
+        vllm_model_impl: str = grpo_option("vllm_model_impl")
+        vllm_enable_sleep_mode: bool = grpo_option("vllm_enable_sleep_mode")
+        vllm_server_base_url: str | None = grpo_option("vllm_server_base_url")
+        vllm_server_host: str = grpo_option("vllm_server_host")
+        vllm_server_port: int = grpo_option("vllm_server_port")
+        vllm_server_timeout: float = grpo_option("vllm_server_timeout")
+        vllm_group_port: int = grpo_option("vllm_group_port")
+        vllm_gpu_memory_utilization: float = grpo_option("vllm_gpu_memory_utilization")
+        vllm_max_model_length: int | None = grpo_option("vllm_max_model_length")
+        vllm_tensor_parallel_size: int = grpo_option("vllm_tensor_parallel_size")
+
+    _generation: "VLLMGeneration | None" = None  # made at its first use: the trial run before the first iteration
+
+    @classmethod
+    def refused(cls, args: Any) -> dict[str, str]:
+        where = f"to vLLM with `vllm_mode={args.vllm_mode!r}`"
+        return {name: where for mode, names in _MODES.items() if mode != args.vllm_mode for name in names}
+
+    @classmethod
+    def check(cls, args: Any, model: str | PreTrainedModel | PeftModel | None = None):
+        if args.vllm_mode not in _MODES:
+            raise ValueError(f"`vllm_mode` must be 'colocate' or 'server', got {args.vllm_mode!r}.")
+        reserved = sorted(_RESERVED & set(args.generation_kwargs or {}))
+        if reserved:
+            raise ValueError(
+                f"`generation_kwargs` holds {reserved}, which self-play sets itself for vLLM, from options of their own "
+                "and the end tokens of the chat template. Remove them."
+            )
+        if model is None:
+            return
+        if not is_vllm_available():
+            raise ImportError(
+                "`use_vllm=True` needs vLLM: `pip install trl-spin[vllm]`, or leave `use_vllm` unset, which generates "
+                "with transformers."
+            )
+        if getattr(model, "is_quantized", False):
+            raise ValueError(
+                f"`use_vllm=True` cannot generate with a model quantized by {model.quantization_method.value}: vLLM "
+                "needs the adapter merged into the weights, and merged into quantized weights it is rounded, so the "
+                "opponent would not be the reference. Leave `use_vllm` unset, or set "
+                "`use_transformers_continuous_batching`."
+            )
+        if args.vllm_mode == "colocate" and not isinstance(model, str) and not model.name_or_path:
+            raise ValueError(
+                "`use_vllm=True` builds vLLM's model from files, and this model was loaded from none (its `name_or_path` "
+                "is empty). Save it with `save_pretrained`, its tokenizer too, and pass the path instead."
+            )
+
+    def _connect(self, model: PreTrainedModel | PeftModel) -> "VLLMGeneration":
+        """Builds vLLM's copy of the model, or connects to its server."""
+        from trl.generation.vllm_generation import VLLMGeneration  # where vLLM is installed, this imports it
+
+        args = self.args
+        options = {name: getattr(args, name) for name in self.Options.__dataclass_fields__ if name.startswith("vllm_")}
+        options["vllm_max_model_length"] = args.vllm_max_model_length or self.rules.max_length
+        shared = ("trust_remote_code", "repetition_penalty", "temperature", "top_p", "top_k")
+        return VLLMGeneration(
+            model=model,
+            accelerator=self.accelerator,
+            processing_class=self.rules.tokenizer,
+            logprobs=None,  # the trainer scores the completions itself: vLLM's numbers are off by more than λ allows
+            min_p=args.min_p or 0.0,
+            # A completion ends at our end tokens and nowhere else, whatever the model's own config says
+            generation_kwargs=(args.generation_kwargs or {})
+            | {"ignore_eos": True, "stop_token_ids": self.rules.end_token_ids},
+            **{name: getattr(args, name) for name in shared},
+            **{name.removeprefix("vllm_"): value for name, value in options.items()},
+        )
+
+    @contextmanager
+    def open(self, model: torch.nn.Module) -> Iterator[Complete]:
+        args, accelerator, synced = self.args, self.accelerator, False
+        if self._generation is None:
+            sharded = (
+                accelerator.distributed_type == DistributedType.FSDP
+            )  # whose wrapper the Trainer takes for the model
+            # It seeds torch's random generators
+            with forked_rng(accelerator.device), explain_out_of_memory("generation", _OUT_OF_MEMORY):
+                self._generation = self._connect(model if sharded else accelerator.unwrap_model(model))
+        vllm = self._generation
+
+        def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]]:
+            nonlocal synced
+            share = [(len(prompts), seeds[0])]
+            shares = gather_object(share) if accelerator.num_processes > 1 else share
+            with forked_rng(accelerator.device), explain_out_of_memory("generation", _OUT_OF_MEMORY):
+                if not synced or args.vllm_enable_sleep_mode:  # asleep, it has lost its weights
+                    with unchanged_base_weights(vllm.model):
+                        vllm.sync_weights()
+                    synced = True
+                # In the same process, vLLM draws from the global random generator. The processes that share a model
+                # must draw the same
+                first = accelerator.process_index - accelerator.process_index % args.vllm_tensor_parallel_size
+                torch.manual_seed(shares[first][1])
+                vllm.max_completion_length = max_new_tokens
+                _, generated, _, _ = vllm.generate(
+                    prompts=fill_up(prompts, [size for size, _ in shares]), images=None, num_generations=1
+                )
+            return [list(ids) for ids in generated[: len(prompts)]]
+
+        yield complete
+
+    def describe(self) -> str:
+        return "with vLLM"

@@ -1,0 +1,131 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What is watched in every step: losses are finite, an iteration starts at ℓ(0), and how held-out pairs come out."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+from .pairs import Game
+from .report.signals import proportion_interval
+
+
+class StepMonitor:
+    """
+    Watches the steps of training and evaluation.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator.
+        game ([`~pairs.Game`]):
+            Game.
+        metrics (`dict[str, dict[str, list[float]]]`):
+            DPOTrainer's metrics since the last log, by mode.
+        tolerance (`float`):
+            See `initial_loss_tolerance` in [`SPINConfig`].
+    """
+
+    def __init__(self, accelerator: Accelerator, game: Game, metrics: dict, tolerance: float):
+        self.accelerator, self.game, self.metrics, self.tolerance = accelerator, game, metrics, tolerance
+        self._real = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # NLL and number of tokens of the real completions
+        self._margins: list[float] = []  # of the evaluation
+
+    def reset(self, mode: str):
+        """Forgets what was measured since the last log, in `"train"` or `"eval"`."""
+        self._real[mode] = [0.0, 0.0]
+
+    def step(
+        self,
+        mode: str,
+        step: int,
+        loss: torch.Tensor,
+        logratios: tuple[torch.Tensor, torch.Tensor],
+        completion_mask: torch.Tensor,
+        beta: float,
+    ):
+        """
+        Takes a step into account. Raises a `ValueError` if its loss is not finite, or not ℓ(0) where it has to be.
+
+        Args:
+            mode (`str`):
+                `"train"` or `"eval"`.
+            step (`int`):
+                Optimizer steps before this one.
+            loss (`torch.Tensor`):
+                Loss of the batch.
+            logratios (`tuple[torch.Tensor, torch.Tensor]`):
+                Log-ratios to the reference of the real and of the generated completions, of shape (batch,).
+            completion_mask (`torch.Tensor`):
+                1 at tokens of completions, of shape (2 * batch, seq_len): first the real, then the generated ones.
+            beta (`float`):
+                λ.
+        """
+        metrics = self.metrics[mode]
+        num_real, num_generated = (mask.sum(dim=1) for mask in completion_mask.chunk(2, dim=0))
+        statistics = (num_real, num_generated, *logratios, loss)
+        statistics = torch.stack([value.detach().to(loss.dtype).expand(len(num_real)) for value in statistics], dim=1)
+        num_real, num_generated, real, generated, losses = self.accelerator.gather(statistics).unbind(dim=1)
+        logps = {side: metrics[f"logps/{side}"][-1] for side in ("chosen", "rejected")}
+        if mode == "train" and not math.isfinite(losses.sum().item()):
+            raise ValueError(
+                f"The loss of step {step + 1} (iteration {self.game.iteration}) is {losses.mean().item()}, with mean "
+                f"log-probs {logps['chosen']:.6g} of the real and {logps['rejected']:.6g} of the generated completions. "
+                "The step is not taken, so the last checkpoint and iteration are intact. Lower `learning_rate`, set "
+                "`max_grad_norm`, or train in bfloat16 or float32 instead of float16."
+            )
+        self._real[mode][0] -= logps["chosen"] * len(num_real)
+        self._real[mode][1] += num_real.sum().item()
+        if mode == "eval":
+            self._margins += (beta * (real - generated)).tolist()
+        elif self.game.at_start:
+            metrics["self_play/initial_loss"].append(losses.mean().item())
+            # Rounding errors of the tokens add up to about the square root of their number
+            drift = [
+                (real.mean() / num_real.mean().sqrt()).item(),
+                (generated.mean() / num_generated.mean().sqrt()).item(),
+            ]
+            self._check_start(losses.mean().item(), *drift)
+            self.game.at_start = False
+
+    def _check_start(self, loss: float, real: float, generated: float):
+        if not max(abs(real), abs(generated)) <= self.tolerance:
+            raise ValueError(
+                f"Iteration {self.game.iteration} does not start at its opponent. The model that is trained is the "
+                "opponent at this point, so log(p_θ/p_θt) must be 0, and the first loss ℓ(0), log 2 = 0.6931 for the "
+                f"logistic loss. But the loss is {loss:.4f}, and the log-ratio over the square root of the length is "
+                f"{real:.4g} for the real and {generated:.4g} for the generated completions, beyond "
+                f"`initial_loss_tolerance` ({self.tolerance}). The stored log-probs do not belong to this model in "
+                "training. Usual causes: dropout that is on in training (`disable_dropout=False`), a `data_collator` "
+                "that changes the sequences, or a callback that changed the weights."
+            )
+
+    def summarize(self, mode: str) -> dict[str, list[float]]:
+        """What to log of the steps since the last log, which are forgotten."""
+        summary = {}
+        nll, num_tokens = self._real[mode]
+        if num_tokens:
+            summary["nll/real"] = [nll / num_tokens]
+        self.reset(mode)
+        if mode == "eval" and self._margins:
+            # 95% intervals: an accuracy on few prompts says little
+            margins = torch.tensor(self._margins)
+            ends = proportion_interval((margins > 0).float().mean().item(), len(margins))
+            radius = 1.96 * margins.std().item() / math.sqrt(len(margins)) if len(margins) > 1 else math.inf
+            ends += (margins.mean().item() - radius, margins.mean().item() + radius)
+            names = [f"rewards/{metric}_{end}" for metric in ("accuracies", "margins") for end in ("low", "high")]
+            summary |= {name: [end] for name, end in zip(names, ends, strict=True)}
+            self._margins = []
+        return summary

@@ -1,0 +1,367 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Pairs of a real and a generated completion: what makes one, who its opponent is, and the dataset that holds them."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, Features, List, Value
+from datasets.table import InMemoryTable
+from transformers import PreTrainedTokenizerBase
+
+from .schedule import Schedule
+
+
+# One row per pair. `row` is the index in the user's dataset, `opponent` the iteration whose opponent wrote the completion
+PAIR_FEATURES = Features(
+    {
+        "row": Value("int64"),
+        "opponent": Value("int64"),
+        "prompt_ids": List(Value("int64")),
+        "real_ids": List(Value("int64")),
+        "generated_ids": List(Value("int64")),
+        "truncated": Value("bool"),
+        "empty": Value("bool"),
+        "identical": Value("bool"),
+        "played": Value("bool"),
+        "ref_real_logps": Value("float32"),
+        "ref_generated_logps": Value("float32"),
+    }
+)
+
+
+def opponents(iteration: int, history: int) -> range:
+    """Iterations whose opponents are played against, the newest first."""
+    return range(iteration, max(-1, iteration - 1 - history), -1)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """
+    What makes a pair of a completion, and whether it is played.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        end_token_ids (`list[int]`):
+            Ids that end a completion.
+        max_length (`int` or `None`):
+            Longest prompt plus completion, in tokens.
+        truncated (`str`):
+            See `truncated_completions` in [`SPINConfig`].
+        play_empty (`bool`):
+            Whether pairs with an empty generated completion are played.
+        play_identical (`bool`):
+            Whether pairs of identical completions are played. They have zero gradient in losses of the margin.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    end_token_ids: list[int]
+    max_length: int | None
+    truncated: str
+    play_empty: bool
+    play_identical: bool
+
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        """Completions or prompts as text, without special tokens."""
+        return self.tokenizer.batch_decode(ids[:], skip_special_tokens=True)
+
+    def finish(self, prompt_ids: list[int], generated_ids: list[int], limit: int) -> dict[str, Any]:
+        """
+        Cuts what comes from an engine, which goes on until the whole batch has ended, at the limit and at its first end
+        token: an end token stands where one was sampled and nowhere else.
+        """
+        ids = generated_ids[:limit]
+        end = next((i for i, token in enumerate(ids) if token in self.end_token_ids), None)
+        ids = ids if end is None else ids[: end + 1]
+        return {"prompt_ids": prompt_ids, "generated_ids": ids, "truncated": end is None}
+
+    def make_pair(self, row: dict, completion: dict, opponent: int, held_out: bool) -> dict[str, Any]:
+        """A pair without reference log-probs. Held out, nothing is trained: every pair counts."""
+        real_ids, generated_ids, truncated = row["real_ids"], completion["generated_ids"], completion["truncated"]
+        empty = not self.tokenizer.decode(generated_ids, skip_special_tokens=True).strip()
+        if truncated and self.truncated == "cut_real" and not held_out:
+            real_ids = real_ids[: len(generated_ids)]
+        identical = generated_ids == real_ids
+        played = (
+            (self.play_identical or not identical)
+            and (self.play_empty or not empty)
+            and not (truncated and self.truncated == "drop")
+        )
+        return {
+            "row": row["row"],
+            "opponent": opponent,
+            "prompt_ids": completion["prompt_ids"],
+            "real_ids": real_ids,
+            "generated_ids": generated_ids,
+            "truncated": truncated,
+            "empty": empty,
+            "identical": identical,
+            "played": played or held_out,
+            "ref_real_logps": 0.0,
+            "ref_generated_logps": 0.0,
+        }
+
+
+class Columns:
+    """
+    Rows of a dataset, read from its columns in memory. `datasets` takes 50 to 150 microseconds for each row, and as much
+    for each value of a column that is not read at once (datasets 5.2): with small models, that would be most of a run.
+    """
+
+    def __init__(self, dataset: Dataset):
+        table = dataset.with_format("arrow")[:]
+        self.scalars, self._lists = {}, {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            column = column.combine_chunks()
+            if pyarrow.types.is_list(column.type):
+                lengths = pyarrow.compute.list_value_length(column).to_numpy()
+                self._lists[name] = column.flatten().to_numpy(), np.concatenate([[0], np.cumsum(lengths)])
+            else:
+                self.scalars[name] = column.to_pylist()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = {name: values[index] for name, values in self.scalars.items()}
+        for name, (values, ends) in self._lists.items():
+            row[name] = values[ends[index] : ends[index + 1]].tolist()
+        return row
+
+    def lengths(self, name: str) -> np.ndarray:
+        """Length of each list of a column."""
+        return np.diff(self._lists[name][1])
+
+    def pair_lengths(self) -> np.ndarray:
+        """Tokens of prompt, real and generated completion of each pair together."""
+        prompt, real, generated = (self.lengths(f"{part}_ids") for part in ("prompt", "real", "generated"))
+        return prompt + real + np.where(self.scalars["played"], generated, real)
+
+    def same(self, name: str, other: "Columns") -> bool:
+        """Whether a column is the same as another's."""
+        if name in self.scalars:
+            return self.scalars[name] == other.scalars[name]
+        return all(map(np.array_equal, self._lists[name], other._lists[name]))
+
+
+def as_preference(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair under the names of DPOTrainer's collator: the real completion is chosen, the generated one rejected."""
+    # A pair that is not played is twice the real completion: its log-ratios cancel, the gradient is 0
+    generated = "generated" if pair["played"] else "real"
+    return {
+        "prompt_ids": pair["prompt_ids"],
+        "chosen_ids": pair["real_ids"],
+        "rejected_ids": pair[f"{generated}_ids"],
+        "ref_chosen_logps": pair["ref_real_logps"],
+        "ref_rejected_logps": pair[f"ref_{generated}_logps"],
+        "played": pair["played"],
+    }
+
+
+class PairCollator:
+    """Adds to a batch of DPOTrainer's collator which pairs are played."""
+
+    def __init__(self, collator: Callable[[list[dict]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.collator(examples) | {"played": torch.tensor([example["played"] for example in examples])}
+
+
+class GameDataset(torch.utils.data.Dataset):
+    """
+    Prompts with their real completions, and the generated completions of the current iteration.
+
+    The dataloader is built once per `train()`, so what changes from one iteration to the next is the content of this
+    dataset, never its length: one row per prompt. With several opponents, prompt `i` plays against opponent
+    `(i + epoch) mod K` (the newest is 0), so K epochs of an iteration play every pair once.
+
+    Args:
+        name (`str`):
+            Name of the dataset.
+        rows ([`~datasets.Dataset`]):
+            Dataset with the columns `row`, `prompt_ids` and `real_ids`.
+    """
+
+    def __init__(self, name: str, rows: Dataset):
+        self.name = name
+        self.rows = rows
+        self.fingerprint = fingerprint(rows)
+        self.epoch = 0  # of the iteration
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self._check_started()
+        return as_preference(self._columns[(index + self.epoch) % len(self._columns)][index])
+
+    def _check_started(self):
+        if not self.pairs:
+            raise ValueError(
+                f"The game on the {self.name} dataset has not started: the opponent completes the prompts when "
+                "`train()` opens an iteration. Call `train()` before `evaluate()`."
+            )
+
+    @property
+    def all_played(self) -> bool:
+        """Whether no pair is left out."""
+        return all(all(columns.scalars["played"]) for columns in self._columns)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row in this epoch: prompt, real and generated completion."""
+        self._check_started()
+        by_opponent = np.stack([columns.pair_lengths() for columns in self._columns])
+        rows = np.arange(len(self))
+        return by_opponent[(rows + self.epoch) % len(by_opponent), rows]
+
+    def clear(self):
+        """Forgets the pairs."""
+        self.pairs: list[Dataset] = []  # one dataset per opponent, the newest first
+        self._columns: list[Columns] = []
+
+    def swap(self, pairs: Dataset):
+        """
+        Puts the pairs of an iteration in the place of the last one's.
+
+        Args:
+            pairs ([`~datasets.Dataset`]):
+                Pairs of all opponents, one opponent after the other, the newest first.
+
+        Raises:
+            `ValueError`: If the pairs were not generated from this dataset's prompts, token by token.
+        """
+        by_opponent = [
+            pairs.select(range(start, min(start + len(self), len(pairs)))) for start in range(0, len(pairs), len(self))
+        ]
+        columns, own = [Columns(opponent) for opponent in by_opponent], Columns(self.rows)
+        for opponent, theirs in zip(by_opponent, columns, strict=True):
+            for column in ("row", "prompt_ids"):
+                if not own.same(column, theirs):
+                    raise ValueError(
+                        f"The pairs for the {self.name} dataset were generated from other prompts than its own (column "
+                        f"`{column}`, opponent {opponent['opponent'][0]}, {len(opponent)} pairs for {len(self)} "
+                        "prompts). Did the dataset, the tokenizer or its chat template change? Use a new `output_dir`."
+                    )
+        self.pairs, self._columns = by_opponent, columns
+
+
+@dataclass
+class Pairs:
+    """Pairs by name of their dataset, and what was measured of them."""
+
+    datasets: dict[str, Dataset]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Game:
+    """
+    The state of play. The trainer reads it, [`SelfPlayCallback`] changes it where an iteration begins.
+
+    Args:
+        datasets (`dict[str, GameDataset]`):
+            Training data (`"train"`) and held-out data.
+        left_out (`dict[str, dict[str, int]]`):
+            Number of rows that cannot be played, by dataset and reason.
+        base_model (`str`):
+            Name or path of the model that self-play starts from.
+        rules ([`Rules`], *optional*):
+            What becomes of a completion. Known once the first dataset is tokenized.
+        settings (`dict[str, Any]`):
+            All that a completion depends on, beside opponent and iteration.
+        schedule ([`~schedule.Schedule`], *optional*):
+            Where iterations begin. Known once training begins.
+        iteration (`int`):
+            Current iteration.
+        at_start (`bool`):
+            Whether no step of the iteration has been taken: the policy is the opponent, and the loss ℓ(0).
+    """
+
+    datasets: dict[str, GameDataset] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    base_model: str = ""
+    rules: Rules | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    schedule: Schedule | None = None
+    iteration: int = 0
+    at_start: bool = False
+
+    @property
+    def train(self) -> GameDataset:
+        return self.datasets["train"]
+
+    @property
+    def held_out(self) -> dict[str, GameDataset]:
+        return {name: dataset for name, dataset in self.datasets.items() if name != "train"}
+
+    @property
+    def watched(self) -> GameDataset:
+        """The dataset to watch: held-out prompts, if there are any, as the model memorizes training pairs."""
+        return next(iter(self.held_out.values()), self.train)
+
+    @property
+    def started(self) -> bool:
+        return bool(self.train.pairs)
+
+    def swap(self, iteration: int, pairs: dict[str, Dataset], at_start: bool):
+        """Puts the pairs of an iteration in the place of the last one's."""
+        for name, dataset in self.datasets.items():
+            dataset.swap(pairs[name])
+        self.iteration, self.at_start = iteration, at_start
+
+
+def with_logps(pairs: Dataset, logps: list[tuple[float, float]]) -> Dataset:
+    """Pairs with the reference's summed log-probs of the real and of the generated completions."""
+    table = pairs.data.table
+    for side, values in zip(("real", "generated"), zip(*logps, strict=True), strict=True):
+        position = table.column_names.index(f"ref_{side}_logps")
+        table = table.set_column(position, table.field(position), [pyarrow.array(values, pyarrow.float32())])
+    return Dataset(InMemoryTable(table))
+
+
+def fingerprint(rows: Dataset) -> str:
+    """SHA-256 of the content of `row`, `prompt_ids` and `real_ids`, whatever file they came from."""
+    digest = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(10_000):
+        for column in ("row", "prompt_ids", "real_ids"):
+            values = batch[column].combine_chunks()
+            if pyarrow.types.is_list(values.type):
+                digest.update(pyarrow.compute.list_value_length(values).to_numpy(zero_copy_only=False).tobytes())
+                values = values.flatten()
+            digest.update(values.to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def leave_out_unplayed(inputs: dict[str, Any], accelerator: Accelerator) -> tuple[dict[str, Any], float]:
+    """
+    A batch without the pairs that are not played, where these have zero gradient, and the share of the pairs that stays.
+    At least one pair does, so that the backward pass runs, and as many on all processes, which gather their metrics.
+    """
+    played = inputs["played"]
+    inputs = {key: value for key, value in inputs.items() if key != "played"}
+    keep = max(1, int(accelerator.gather(played.sum()).max()))
+    if keep == len(played):
+        return inputs, 1.0
+    rows = played.long().argsort(descending=True, stable=True)[:keep]
+    both = torch.cat([rows, rows + len(played)])
+    inputs = {key: value[rows if key.startswith("ref_") else both] for key, value in inputs.items()}
+    return inputs, keep / len(played)

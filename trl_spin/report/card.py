@@ -1,0 +1,102 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The model card: what TRL's says, and how the model was made by self-play."""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import is_wandb_available
+
+# Private to TRL, whose own card shows these links (trl 1.16, `create_model_card`)
+from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
+
+from .tables import iteration_rows
+
+
+if is_wandb_available():
+    import wandb
+
+
+def write_model_card(
+    path: str | Path,
+    *,
+    model_name: str,
+    hub_model_id: str | None,
+    base_model: str | None,
+    revision: str | None,
+    dataset_name: str | None,
+    data: str,
+    settings: dict[str, Any],
+    records: list[dict[str, Any]],
+    tags: list[str],
+):
+    """
+    Writes the card of a model that was made by self-play.
+
+    Args:
+        path (`str` or `Path`):
+            File to write.
+        model_name (`str`):
+            Name of the model.
+        hub_model_id (`str`, *optional*):
+            Its repository on the Hub.
+        base_model (`str`, *optional*):
+            Name or path of the model that self-play started from.
+        revision (`str`, *optional*):
+            Revision of that model.
+        dataset_name (`str`, *optional*):
+            Dataset on the Hub to link to.
+        data (`str`):
+            The training data in words.
+        settings (`dict[str, Any]`):
+            Options of the run.
+        records (`list[dict[str, Any]]`):
+            Records of the finished iterations, see [`read_records`].
+        tags (`list[str]`):
+            Tags.
+    """
+    if (trackio_url := get_trackio_space_url()) is not None:
+        # In place of the tag that trackio has set, which names the Space but not the run
+        tags = [*(tag for tag in tags if not tag.startswith("trackio:")), f"trackio:{trackio_url}"]
+    if "JOB_ID" in os.environ:
+        tags = [*tags, "hf_jobs"]
+    card_data = ModelCardData(
+        # Nobody else can follow a local path
+        base_model=None if not base_model or os.path.isdir(base_model) else base_model,
+        datasets=dataset_name,
+        library_name="transformers",
+        licence="license",
+        model_name=model_name,
+        tags=list(dict.fromkeys(["generated_from_trainer", *tags])),
+    )
+    # The template sees the fields of `card_data` that are not None as well
+    ModelCard.from_template(
+        card_data,
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        start=base_model or "a model without a name",
+        revision=revision,
+        hub_model_id=hub_model_id or model_name,
+        data=data,
+        settings=settings,
+        records=records,
+        rows=iteration_rows(records),
+        wandb_url=wandb.run.url if is_wandb_available() and wandb.run is not None else None,
+        trackio_url=trackio_url,
+        comet_url=get_comet_experiment_url(),
+        versions={name: version(name) for name in ("trl", "transformers", "torch", "datasets", "tokenizers")},
+    ).save(path)

@@ -1,0 +1,218 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The pairs of an iteration on disk: checksummed shards, and a manifest that is written last."""
+
+import glob
+import hashlib
+import io
+import json
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from accelerate.logging import get_logger
+from datasets import Dataset
+from datasets.table import InMemoryTable
+
+from .files import MANIFEST, atomic_open, game_dir, read_json, write_json
+
+
+logger = get_logger(__name__)
+
+SCHEMA_VERSION = 2
+_SHARD_ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    The game of an iteration against these weights: all that its completions depend on.
+
+    Args:
+        iteration (`int`):
+            Self-play iteration.
+        opponent (`str`):
+            Fingerprint of the weights.
+        settings (`dict[str, Any]`):
+            Seed, sampling, rules, data.
+    """
+
+    iteration: int
+    opponent: str
+    settings: dict[str, Any] = field(repr=False)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return {"iteration": self.iteration, "opponent": self.opponent, **self.settings}
+
+    @cached_property
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
+
+    def directory(self, output_dir: str) -> Path:
+        """Where completions are committed while more of them are generated."""
+        return game_dir(output_dir, self.iteration) / f"completions-{self.hash[:16]}"
+
+
+def write_completions(directory: Path, name: str, completions: list[dict[str, Any]]):
+    """Commits a shard of completions while generation goes on. The file carries its checksum in its name."""
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(completions), buffer)
+    data = buffer.getvalue()
+    with atomic_open(directory / f"{name}-{hashlib.sha256(data).hexdigest()}.parquet") as file:
+        file.write(data)
+
+
+def read_completions(output_dir: str, request: Request, names: list[str]) -> dict[str, dict[int, dict]]:
+    """
+    Completions for the same request that a stopped run left behind, by name of the dataset and index: committed shards,
+    or a stored game of which a part is damaged. What is damaged is named and left out.
+    """
+    directory = game_dir(output_dir, request.iteration)
+    completions = {name: {} for name in names}
+
+    def damaged(path: Path):
+        logger.warning(f"{path} is damaged: it does not match its checksum. Its rows are generated again.")
+
+    for name in names:
+        for path in sorted(request.directory(output_dir).glob(f"{glob.escape(name)}-{64 * '?'}.parquet")):
+            if _sha256(path) != path.stem.removeprefix(f"{name}-"):
+                damaged(path)
+                continue
+            for completion in pyarrow.parquet.read_table(path).to_pylist():
+                completions[name][completion.pop("index")] = completion
+    manifest = read_manifest(output_dir, request.iteration)
+    if manifest is not None and manifest["request"] == request.hash:
+        first = defaultdict(int)
+        for shard in manifest["shards"]:
+            path, name = directory / shard["file"], shard["dataset"]
+            if _sha256(path) != shard["sha256"]:
+                damaged(path)
+            elif name in names:
+                for index, pair in enumerate(pyarrow.parquet.read_table(path).to_pylist(), first[name]):
+                    if pair["opponent"] == request.iteration:
+                        kept = {key: pair[key] for key in ("prompt_ids", "generated_ids", "truncated")}
+                        completions[name][index] = kept
+            first[name] += shard["rows"]
+    return completions
+
+
+def store_game(output_dir: str, iteration: int, pairs: dict[str, Dataset], manifest: dict[str, Any]):
+    """
+    Writes the pairs of an iteration, by name of the dataset: Parquet shards, then the manifest with their checksums,
+    each by a temporary name and an atomic rename. An iteration without a manifest does not exist.
+    """
+    directory = game_dir(output_dir, iteration)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)
+    for path in directory.glob("*.parquet"):
+        path.unlink()
+    shards = []
+    for name, dataset in pairs.items():
+        for start in range(0, len(dataset), _SHARD_ROWS):
+            table = dataset.data.table.slice(start, _SHARD_ROWS)
+            path = directory / f"{name}-{start // _SHARD_ROWS:05d}.parquet"
+            with atomic_open(path) as file:
+                pyarrow.parquet.write_table(table, file)
+            shards.append({"dataset": name, "file": path.name, "rows": len(table), "sha256": _sha256(path)})
+    write_json(
+        directory / MANIFEST, {"schema_version": SCHEMA_VERSION, "iteration": iteration, **manifest, "shards": shards}
+    )
+    remove_completions(output_dir, iteration)
+
+
+def remove_completions(output_dir: str, iteration: int):
+    """Removes committed completions that are not needed any more."""
+    for path in game_dir(output_dir, iteration).glob("completions-*"):
+        shutil.rmtree(path)
+
+
+def read_manifest(output_dir: str, iteration: int) -> dict[str, Any] | None:
+    """The manifest of an iteration's game; `None` if the game was not written to its end."""
+    path = game_dir(output_dir, iteration) / MANIFEST
+    manifest = read_json(path)
+    if manifest is not None:
+        check_schema(path, manifest)
+    return manifest
+
+
+def check_schema(path: Path, content: dict[str, Any]):
+    """Refuses files of another version of the package."""
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has the schema version {content['schema_version']}, and this version of trl-spin reads "
+            f"{SCHEMA_VERSION}. Go on with the version that wrote it ({content.get('versions')}), or start again in a "
+            "new `output_dir`."
+        )
+
+
+def find_game_fault(output_dir: str, iteration: int) -> str | None:
+    """What is wrong with the stored game of an iteration, naming the file; `None` if it is complete and intact."""
+    directory = game_dir(output_dir, iteration)
+    manifest = read_manifest(output_dir, iteration)
+    if manifest is None:
+        return f"{directory / MANIFEST} does not exist"
+    for shard in manifest["shards"]:
+        if _sha256(directory / shard["file"]) != shard["sha256"]:
+            return f"{directory / shard['file']} is damaged or missing: it does not match its checksum"
+    return None
+
+
+def find_stored(output_dir: str, request: Request) -> tuple[dict[str, Dataset], dict[str, float]] | None:
+    """Pairs and metrics of the game that was requested, if it is stored and intact."""
+    manifest = read_manifest(output_dir, request.iteration)
+    if manifest is None or manifest["request"] != request.hash or find_game_fault(output_dir, request.iteration):
+        return None
+    return load_game(output_dir, request.iteration), manifest["metrics"]
+
+
+def load_game(output_dir: str, iteration: int) -> dict[str, Dataset]:
+    """
+    Reads the pairs of an iteration.
+
+    Args:
+        output_dir (`str`):
+            Output directory of the run.
+        iteration (`int`):
+            Self-play iteration.
+
+    Returns:
+        `dict[str, Dataset]`: Pairs by name of the dataset.
+
+    Raises:
+        `ValueError`: If the game is not there, not complete, or damaged.
+    """
+    if fault := find_game_fault(output_dir, iteration):
+        raise ValueError(
+            f"The game of iteration {iteration} cannot be read: {fault}. Resume from a checkpoint of an earlier "
+            "iteration, which generates it again, or start again in a new `output_dir`."
+        )
+    tables = defaultdict(list)
+    for shard in read_manifest(output_dir, iteration)["shards"]:
+        table = pyarrow.parquet.read_table(game_dir(output_dir, iteration) / shard["file"])
+        tables[shard["dataset"]].append(table)
+    return {name: Dataset(InMemoryTable(pyarrow.concat_tables(parts))) for name, parts in tables.items()}
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

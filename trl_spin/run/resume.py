@@ -1,0 +1,215 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""One job per directory, and a run that goes on only under the settings that it was begun with."""
+
+import hashlib
+import json
+import os
+import socket
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from filelock import FileLock, Timeout
+from transformers.trainer_utils import sort_checkpoints
+
+from ..pairs import Game
+from ..spin_config import PER_ITERATION, SPINConfig
+from .checkpoints import choose_checkpoint
+from .files import SETTINGS, read_json, write_json
+from .games import SCHEMA_VERSION, check_schema
+
+
+logger = get_logger(__name__)
+
+# Options that may differ between a run and its continuation, because they do not change what is computed (up to rounding,
+# for those that set the size of a batch without gradients). Every other option is part of the contract: an option that a
+# later TRL adds is compared until it is listed here. Engines are listed as they draw from the same distribution, columns
+# as they are compared through the rows that come out, and the number of iterations as each one is compared by itself.
+_FREE_OPTIONS = frozenset(
+    """
+    output_dir resume_from_checkpoint dry_run run_name project report_to disable_tqdm do_train do_eval do_predict
+    local_rank debug skip_memory_metrics log_level log_level_replica log_on_each_node logging_strategy logging_steps
+    logging_first_step logging_nan_inf_filter include_num_input_tokens_seen trackio_space_id trackio_bucket_id
+    trackio_static_space_id num_probes log_completions write_report
+
+    eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_do_concat_batches
+    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval
+    metric_for_best_model greater_is_better early_stopping load_best_iteration_at_end metric_for_best_iteration
+
+    save_only_model save_strategy save_steps save_on_each_node save_total_limit push_to_hub hub_token hub_private_repo
+    hub_model_id hub_always_push hub_revision restore_callback_states_from_checkpoint trust_remote_code max_steps
+    initial_loss_tolerance num_self_play_iterations messages_column prompt_column completion_column
+
+    dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_multiprocessing_context
+    dataset_num_proc ddp_timeout ddp_backend torch_empty_cache_steps use_cache activation_checkpointing
+    activation_checkpointing_kwargs activation_offloading gradient_checkpointing gradient_checkpointing_kwargs
+    ds3_gather_for_generation generation_token_budget precompute_ref_batch_size
+
+    use_transformers_continuous_batching transformers_continuous_batching_config use_vllm vllm_mode vllm_model_impl
+    vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
+    vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size
+    """.split()
+)
+
+# Options that a completion depends on, and those that decide what becomes of it
+_SAMPLING_OPTIONS = """
+    max_completion_length temperature top_p top_k min_p repetition_penalty generation_kwargs cache_implementation
+""".split()
+_PAIR_OPTIONS = "truncated_completions play_empty_completions opponent_history".split()
+
+
+class RunLock:
+    """Keeps a second job out of a run's directory. The system gives the lock back when the process ends, however."""
+
+    def __init__(self, output_dir: str):
+        self.output_dir = output_dir
+        self.lock = FileLock(Path(output_dir) / "self_play" / "lock")
+        self.holder = Path(output_dir) / "self_play" / "job.json"
+
+    def acquire(self):
+        """Takes the lock. Raises a `ValueError` if another job has it."""
+        try:
+            self.holder.parent.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+            self.holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        except Timeout:
+            holder = self.holder.read_text() if self.holder.is_file() else "unknown"
+            raise ValueError(
+                f"Another job is running in `output_dir` ({self.output_dir}): {holder}. Wait for it or stop it, or "
+                "choose another `output_dir`."
+            ) from None
+        except NotImplementedError:
+            logger.warning(f"The file system of {self.output_dir} has no locks: do not start two jobs in it.")
+        except OSError as error:
+            raise OSError(
+                f"`output_dir` ({self.output_dir}) cannot be written to: {error}. Choose another one."
+            ) from error
+
+    def release(self):
+        """Gives the lock back."""
+        self.lock.release()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
+    return {name: version(name) for name in ("trl-spin", "trl", "transformers", "peft", "accelerate", "torch")}
+
+
+def run_settings(args: SPINConfig, **more) -> dict[str, Any]:
+    """All that changes the result of a run, JSON-serializable: options, and in `more` what is not an option."""
+    settings = {name: value for name, value in args.to_dict().items() if name not in _FREE_OPTIONS} | more
+    settings |= {name: args.per_iteration(name) for name in PER_ITERATION}
+
+    def plain(value):
+        return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+    return json.loads(json.dumps(settings, default=plain))
+
+
+def game_settings(args: SPINConfig, game: Game) -> dict[str, Any]:
+    """All that a completion depends on, and what becomes of it, beside opponent and iteration."""
+    rules = game.rules
+    pairs = {option: getattr(args, option) for option in _PAIR_OPTIONS}
+    return {
+        "seed": args.seed,
+        "sampling": {option: getattr(args, option) for option in _SAMPLING_OPTIONS},
+        "pairs": pairs | {"play_identical": rules.play_identical},
+        "end_token_ids": rules.end_token_ids,
+        "max_length": rules.max_length,
+        "data": {name: f"{len(dataset)} rows, {dataset.fingerprint}" for name, dataset in game.datasets.items()},
+        "chat_template": hashlib.sha256(str(rules.tokenizer.chat_template).encode()).hexdigest(),
+    }
+
+
+def _run_file(output_dir: str) -> Path:
+    return Path(output_dir) / "self_play" / SETTINGS
+
+
+def write_run(output_dir: str, settings: dict[str, Any], token_budget: int):
+    """Writes down what the run depends on, to compare with when it is resumed."""
+    content = {"schema_version": SCHEMA_VERSION, "settings": settings, "generation_token_budget": token_budget}
+    write_json(_run_file(output_dir), content | {"versions": library_versions()})
+
+
+def recorded_token_budget(output_dir: str) -> int | None:
+    """`generation_token_budget` of the run that is resumed: it goes on in the same batches."""
+    return (read_json(_run_file(output_dir)) or {}).get("generation_token_budget")
+
+
+def open_run(
+    args: SPINConfig, settings: dict[str, Any], resume_from_checkpoint: str | bool, num_processes: int
+) -> str | None:
+    """
+    Where the run in `output_dir` goes on: a checkpoint, or `None` for its beginning.
+
+    Args:
+        args ([`SPINConfig`]):
+            Options.
+        settings (`dict[str, Any]`):
+            See [`run_settings`].
+        resume_from_checkpoint (`str` or `bool`):
+            Checkpoint to resume from; `True` for the newest one, `False` for a new run.
+        num_processes (`int`):
+            Number of processes.
+
+    Raises:
+        `ValueError`: If the directory holds another run, or one with other settings, or nothing to resume from.
+    """
+    path = _run_file(args.output_dir)
+    run = read_json(path)
+    if not resume_from_checkpoint:
+        if run is not None:
+            raise ValueError(
+                f"`output_dir` ({args.output_dir}) holds the games of another run ({path.parent}), and runs are never "
+                "mixed. Continue that run with `trainer.train(resume_from_checkpoint=True)` "
+                "(`--resume_from_checkpoint true`), or choose a new `output_dir`."
+            )
+        return None
+    if run is None:
+        if resume_from_checkpoint is True and not sort_checkpoints(args.output_dir):
+            return None  # the first of several equal commands
+        raise ValueError(
+            f"There is no self-play run to resume in `output_dir` ({args.output_dir}): {path} does not exist. "
+            "Checkpoints of other trainers cannot be continued; pass one as `model` instead."
+        )
+    check_schema(path, run)
+    _compare_settings(path, run["settings"], settings)
+    for name, now in library_versions().items():
+        if run["versions"].get(name) != now:
+            logger.warning(
+                f"The run was made with {name} {run['versions'].get(name)} and goes on with {now}: its result may not "
+                "be the same, to the last digit, as without the change."
+            )
+    return choose_checkpoint(args, resume_from_checkpoint, num_processes)
+
+
+def _compare_settings(path: Path, old: dict[str, Any], new: dict[str, Any]):
+    # More iterations are no other settings
+    changes = []
+    for name in sorted(old.keys() & new.keys()):
+        before, after = old[name], new[name]
+        if name in PER_ITERATION:
+            played = min(len(before), len(after))
+            before, after = before[:played], after[:played]
+        if before != after:
+            changes.append(f"- `{name}` was {before!r} and is {after!r}")
+    if changes:
+        raise ValueError(
+            f"The run would not be the one that is continued. These settings differ from {path}:\n"
+            + "\n".join(changes)
+            + "\nResume with the old settings, or start a new run in another `output_dir`."
+        )

@@ -1,0 +1,91 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Which iteration a step belongs to. Iterations are made of whole epochs, and all epochs have as many steps."""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """
+    Where iterations begin and end.
+
+    Args:
+        num_epochs (`list[int]`):
+            Passes over the prompts in each iteration.
+        steps_per_epoch (`int`):
+            Optimizer steps in a pass.
+    """
+
+    num_epochs: list[int]
+    steps_per_epoch: int
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First step of each iteration, and the end of the last."""
+        return [epochs * self.steps_per_epoch for epochs in (0, *accumulate(self.num_epochs))]
+
+    def locate(self, step: int) -> tuple[int, int, int]:
+        """Iteration, epoch in the iteration, and step in the epoch."""
+        iteration = bisect_right(self.starts, step) - 1
+        return iteration, *divmod(step - self.starts[iteration], self.steps_per_epoch)
+
+    def begins(self, step: int) -> bool:
+        """Whether an iteration begins after this number of steps."""
+        return step in self.starts[:-1]
+
+    def ended(self, step: int) -> int | None:
+        """The iteration that ends after this number of steps, if one does."""
+        return self.starts.index(step) - 1 if step in self.starts[1:] else None
+
+    def chain(self, peaks: list[float], make: Callable[[int, float], Callable[[int], float]]) -> list[float]:
+        """
+        One learning-rate schedule per iteration, one after the other: factors of the first peak, step by step.
+
+        Args:
+            peaks (`list[float]`):
+                Peak learning rate of each iteration.
+            make (`Callable[[int, float], Callable[[int], float]]`):
+                Schedule of a number of steps with a peak, as a function of the step.
+        """
+        factors = []
+        for num_epochs, peak in zip(self.num_epochs, peaks, strict=True):
+            factor = make(num_epochs * self.steps_per_epoch, peak)
+            scale = peak / peaks[0] if peak != peaks[0] else 1.0
+            factors += [scale * factor(step) for step in range(num_epochs * self.steps_per_epoch)]
+        return factors
+
+
+class ChainedLR(LambdaLR):
+    """
+    Learning rates that are a function of the global step and of nothing else.
+
+    A checkpoint holds the learning rate of the step that comes next, which is another one if the run goes on with more
+    iterations than were planned when it was saved: it is set anew when a checkpoint is loaded.
+    """
+
+    def load_state_dict(self, state_dict: dict):
+        super().load_state_dict(state_dict)
+        self._last_lr = [
+            rate * factor(self.last_epoch) for rate, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
+        for group, learning_rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = learning_rate

@@ -1,0 +1,146 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What is shown of a game while it is played, and kept for its report. One callback for each."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+import pandas
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import DPOTrainer
+
+from .engines import Engine
+from .generation import row_seed
+from .pairs import Game
+from .report.tables import iteration_rows, show_table
+from .run.files import HISTORY, PROBES, atomic_open, game_dir, read_json, read_records, write_json
+from .run.processes import Processes
+from .spin_config import SPINConfig
+
+
+logger = get_logger(__name__)
+
+
+class CompletionsCallback(TrainerCallback):
+    """Logs all completions of an iteration as text: `log_completions`."""
+
+    def __init__(self, game: Game, processes: Processes):
+        self.game, self.processes = game, processes
+
+    def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.game.schedule.begins(state.global_step):
+            self.processes.write(args.output_dir, self._log, args, state.global_step)
+
+    def _log(self, args: SPINConfig, step: int):
+        for name, dataset in self.game.datasets.items():
+            pairs, decode = dataset.pairs[0], self.game.rules.decode
+            texts = {part: decode(pairs[f"{part}_ids"]) for part in ("prompt", "real", "generated")}
+            table = {"step": step, "iteration": self.game.iteration, "row": pairs["row"][:], **texts}
+            table = pandas.DataFrame(table)
+            path = Path(args.output_dir) / "completions" / f"{name}-{self.game.iteration:05d}.parquet"
+            with atomic_open(path) as file:
+                table.to_parquet(file)
+            for backend in {"wandb", "trackio"} & set(args.report_to):
+                tracker = importlib.import_module(backend)
+                tracker.log({f"completions/{name}": tracker.Table(dataframe=table)})
+
+
+class ProbeCallback(TrainerCallback):
+    """
+    Lets each model complete a few fixed prompts, and shows them beside the earlier ones, below a table of the iterations
+    so far. The seeds are the same in every iteration, so that only the model differs.
+    """
+
+    def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, engine: Engine):
+        self.trainer, self.game, self.processes, self.engine = trainer, game, processes, engine
+
+    def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.game.schedule.begins(state.global_step):
+            self.probe(args, self.game.iteration)
+
+    def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        last = self.game.schedule.ended(state.global_step)
+        if last is not None and not self.processes.stop.signum:
+            self.probe(args, last + 1)
+
+    def probe(self, args: SPINConfig, iteration: int):
+        """Probes the model that an iteration begins with."""
+        path = game_dir(args.output_dir, iteration) / PROBES
+        if args.num_probes and not self.processes.on_main(path.is_file):
+            dataset = self.game.watched
+            rows = dataset.rows.select(range(min(args.num_probes, len(dataset))))
+            seeds = [row_seed(args.seed, -1, f"{dataset.name} probes", row) for row in rows["row"][:]]
+            prompts, limit = rows["prompt_ids"][:], args.max_completion_length
+            completions = self.engine.complete(self.trainer.model_wrapped, prompts, seeds, limit, "Probes")
+            ids = rows["prompt_ids"], rows["real_ids"], [completion["generated_ids"] for completion in completions]
+            texts = zip(rows["row"][:], *map(self.game.rules.decode, ids), strict=True)
+            probes = [dict(zip(("row", "prompt", "real", "generated"), text, strict=True)) for text in texts]
+            self.processes.write(args.output_dir, write_json, path, probes)
+        if self.trainer.is_world_process_zero():
+            self._show(args, iteration)
+
+    def _show(self, args: SPINConfig, iteration: int):
+        if records := read_records(args.output_dir, iteration):
+            # One column per iteration: there are fewer of them than numbers
+            show_table("Self-play so far", [list(row) for row in zip(*iteration_rows(records), strict=True)])
+        if not args.num_probes:
+            return
+        models = {"start": 0} | {f"iteration {t}": t + 1 for t in range(iteration)}
+        probes = {model: read_json(game_dir(args.output_dir, t) / PROBES) for model, t in models.items()}
+        probes = {model: {probe["row"]: probe for probe in found} for model, found in probes.items() if found}
+        rows = [["prompt", "real completion", *probes]]
+        for row, probe in list(probes.values())[-1].items():
+            generated = [by_row[row]["generated"] if row in by_row else "" for by_row in probes.values()]
+            rows.append([_shorten(text) for text in (probe["prompt"], probe["real"], *generated)])
+        show_table("Probes", rows)
+
+
+class ReportCallback(TrainerCallback):
+    """Keeps what was logged beside the games, and writes the report at the end, where matplotlib is installed."""
+
+    def __init__(self, game: Game, processes: Processes):
+        self.game, self.processes = game, processes
+
+    def on_save(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        history = Path(args.output_dir) / "self_play" / HISTORY
+        self.processes.write(args.output_dir, write_json, history, state.log_history)
+
+    def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.game.schedule.ended(state.global_step) is not None:
+            self.on_save(args, state, control)
+            if args.write_report:
+                self.processes.on_main(self._report, args.output_dir)
+
+    def _report(self, output_dir: str):
+        if importlib.util.find_spec("matplotlib") is None:
+            logger.info("No report is written: `pip install trl-spin[report]` brings what it needs.")
+            return
+        from .report.page import write_report
+
+        try:
+            path = write_report(output_dir)
+        except Exception as error:  # a fault of the report does not undo the training
+            logger.warning(
+                f"The report could not be written ({type(error).__name__}: {error}). The models are intact."
+            )
+        else:
+            tqdm.write(f"Report: {path}")
+
+
+def _shorten(text: str, width: int = 300) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
