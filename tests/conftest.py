@@ -19,6 +19,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # every test makes what it needs; a lookup on the Hub is a fault
 
+import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import pytest
 import torch
 from datasets import Dataset
@@ -32,6 +36,7 @@ from transformers import (
 )
 
 from trl_spin import SPINConfig, SPINTrainer
+from trl_spin.engines import Engine
 
 
 pytest.register_assert_rewrite("theory")  # its asserts, too, say what was compared
@@ -113,34 +118,60 @@ def make_args(output_dir, **kwargs) -> SPINConfig:
         "disable_tqdm": True,
         "write_report": False,  # which takes longer than such a run
     }
-    return SPINConfig(**(defaults | kwargs))
+    return (ScriptedConfig if "use_script" in kwargs else SPINConfig)(**(defaults | kwargs))
 
 
-def make_trainer(tmp_path, tokenizer=None, dataset=None, model=None, callbacks=None, **kwargs):
+class Scripted(Engine):
+    """An engine whose completions a test writes, all prompts of a dataset in one batch."""
+
+    name = "scripted"
+    flag = "use_script"
+
+    @dataclass
+    class Options:
+        use_script: bool = False
+
+    @staticmethod
+    def script(prompts: list[list[int]]) -> list[list[int]]:
+        raise NotImplementedError
+
+    @contextmanager
+    def open(self, model):
+        yield lambda prompts, seeds, max_new_tokens: self.script(prompts)
+
+    def describe(self):
+        return "as a test has written it"
+
+
+@dataclass
+class ScriptedConfig(Scripted.Options, SPINConfig):
+    """The options of a run with a scripted opponent."""
+
+
+def make_trainer(tmp_path, tokenizer=None, dataset=None, model=None, **kwargs):
+    """Keyword arguments are those of the trainer, or options."""
     tokenizer = tokenizer or make_tokenizer()
-    trainer_kwargs = {
-        k: kwargs.pop(k)
-        for k in (
-            *("compute_metrics", "data_collator", "eval_dataset", "peft_config", "optimizers"),
-            "compute_answer_metrics",
-        )
-        if k in kwargs
-    }
+    names = inspect.signature(SPINTrainer.__init__).parameters.keys() & kwargs.keys()
+    trainer_kwargs = {name: kwargs.pop(name) for name in names}
     return SPINTrainer(
         model if model is not None else make_model(tokenizer),
         args=make_args(tmp_path, **kwargs),
         train_dataset=dataset or make_dataset(),
         processing_class=tokenizer,
-        callbacks=callbacks,
         **trainer_kwargs,
     )
 
 
-def logp(model, prompt_ids, answer_ids):
-    """Summed log-prob of an answer, written out."""
-    logits = model(torch.tensor([prompt_ids + answer_ids])).logits[0].float()
+def callback_of(trainer, cls):
+    """The callback of a class that the trainer has attached."""
+    return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, cls))
+
+
+def logp(model, prompt_ids, completion_ids):
+    """Summed log-prob of a completion, written out."""
+    logits = model(torch.tensor([prompt_ids + completion_ids])).logits[0].float()
     logps = logits.log_softmax(dim=-1)[len(prompt_ids) - 1 : -1]
-    return logps[range(len(answer_ids)), answer_ids].sum()
+    return logps[range(len(completion_ids)), completion_ids].sum()
 
 
 def first_losses(trainer):

@@ -19,7 +19,6 @@ import logging
 import math
 import random
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,18 +84,26 @@ def make_random_model(name, **kwargs):
 
 
 def make_batch(seed=0):
-    """Pairs of all lengths: long, short, identical, empty; a prompt of one token; cut at the longest length."""
+    """Pairs of all lengths: long, short, identical, empty; prompts of one token and of none; cut at `max_length`."""
     rng = random.Random(seed)
 
     def ids(length):
         return [rng.randrange(3, 97) for _ in range(length)]
 
     same = ids(6)
-    answers = [(ids(9), ids(4)), (same, same), (ids(1), ids(12)), (ids(5), []), (ids(3), ids(20)), ([], ids(2))]
-    prompts = [ids(7), ids(3), ids(1), ids(12), ids(15), ids(2)]
-    pairs = zip(prompts, answers, strict=True)
+    completions = [
+        (ids(9), ids(4)),
+        (same, same),
+        (ids(1), ids(12)),
+        (ids(5), []),
+        (ids(3), ids(20)),
+        ([], ids(2)),
+        (ids(3), ids(4)),
+    ]
+    prompts = [ids(7), ids(3), ids(1), ids(12), ids(15), ids(2), []]
+    pairs = zip(prompts, completions, strict=True)
     collator = DataCollatorForPreference(pad_token_id=0, max_length=30)
-    rows = [{"prompt_ids": p, "chosen_ids": real, "rejected_ids": generated} for p, (real, generated) in pairs]
+    rows = [{"prompt_ids": p, "chosen_ids": chosen, "rejected_ids": rejected} for p, (chosen, rejected) in pairs]
     batch = collator(rows)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
@@ -112,7 +119,7 @@ def both_layouts(model, batch, fields=("log_probs", "entropy", "mean_logits", "l
         model.zero_grad()
         call = (lambda **kwargs: forward_shared(model, base_model, **kwargs)) if shared else model
         outputs = call(**batch, fused_lm_head=True, use_cache=False)
-        # Real and generated answers pull in opposite directions, as in the loss
+        # Chosen and rejected completions pull in opposite directions, as in the loss
         signs = torch.tensor([1.0, -0.7]).repeat_interleave(len(outputs.log_probs) // 2)
         (signs @ outputs.log_probs.sum(dim=1)).backward()
         gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
@@ -173,7 +180,7 @@ def test_bfloat16(attn_implementation):
     assert torch.isfinite(shared).all()
 
 
-def test_only_what_is_unique_is_computed_and_only_answers_go_through_the_head(monkeypatch):
+def test_only_what_is_unique_is_computed_and_only_completions_go_through_the_head(monkeypatch):
     model = make_random_model("llama")
     add_fused_lm_head(model)
     seen = {}
@@ -188,9 +195,10 @@ def test_only_what_is_unique_is_computed_and_only_answers_go_through_the_head(mo
     )
     batch = make_batch()
     forward_shared(model, model, **batch, fused_lm_head=True)
-    num_answer = (batch["labels"] != -100).sum(dim=1)
-    lengths = batch["attention_mask"].sum(dim=1)[:6] + num_answer[6:] - 1
-    assert seen == {"rows": (6, lengths.max()), "head": num_answer.sum()}
+    num_pairs = len(batch["labels"]) // 2
+    num_labels = (batch["labels"][:, 1:] != -100).sum(dim=1)
+    lengths = batch["attention_mask"].sum(dim=1)[:num_pairs] + num_labels[num_pairs:] - 1
+    assert seen == {"rows": (num_pairs, lengths.max()), "head": num_labels.sum()}
     model(**batch, fused_lm_head=True)  # elsewhere, TRL's head is as it was
     assert seen["head"] == batch["labels"][:, 1:].numel()
 
@@ -203,7 +211,7 @@ def test_rows_are_filled_up_to_a_multiple(tmp_path):
         with_kwargs=True,
     )
     trainer.train()
-    assert trainer._shares_prefix and widths and all(width % 16 == 0 for width in widths)
+    assert trainer.shares_prefix and widths and all(width % 16 == 0 for width in widths)
     plain = make_trainer(tmp_path / "plain", num_self_play_iterations=1)
     plain.train()
     for name, p in plain.model.named_parameters():
@@ -253,13 +261,13 @@ def test_a_wrong_layout_is_caught(monkeypatch, name, function, wrong):
 @pytest.mark.parametrize(
     ("function", "wrong"), [("_attention_masks", no_mask), ("_share", positions_go_on)], ids=["mask", "positions"]
 )
-def test_a_model_that_mixes_the_answers_is_found_out_at_the_start(tmp_path, monkeypatch, caplog, function, wrong):
+def test_a_model_that_mixes_the_completions_is_detected_at_the_start(tmp_path, monkeypatch, caplog, function, wrong):
     monkeypatch.setattr(layout, function, wrong)
     trainer = make_trainer(tmp_path)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert "do not keep the answers apart" in caplog.text
-    assert not trainer._shares_prefix
+    assert "do not keep the completions apart" in caplog.text
+    assert not trainer.shares_prefix
 
 
 # ---- Falling back ----
@@ -320,7 +328,7 @@ def test_a_model_with_unknown_layers_falls_back_and_says_so_once(tmp_path, caplo
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert caplog.text.count("Prompts are computed twice") == 1
-    assert "do not keep the answers apart" in caplog.text
+    assert "do not keep the completions apart" in caplog.text
 
 
 def test_a_collator_of_ones_own_keeps_the_padded_layout(tmp_path, caplog):
@@ -353,7 +361,7 @@ def test_training_is_that_of_the_padded_layout(tmp_path, kind, caplog):
             tmp_path / str(share_prefix), share_prefix=share_prefix, eval_dataset=make_dataset(5), **kwargs
         )
         trainer.train()
-        assert trainer._shares_prefix == share_prefix
+        assert trainer.shares_prefix == share_prefix
         trainers.append(trainer)
     assert "Prompts are computed twice" not in caplog.text
     shared, padded = trainers
@@ -375,7 +383,7 @@ def test_training_is_that_of_the_padded_layout(tmp_path, kind, caplog):
 def test_mixed_precision_and_checkpointing(tmp_path, kwargs):
     trainer = make_trainer(tmp_path, **kwargs)
     trainer.train()
-    assert trainer._shares_prefix
+    assert trainer.shares_prefix
     assert trainer.state.log_history[1]["self_play/initial_loss"] == pytest.approx(math.log(2), abs=1e-2)
 
 
@@ -388,7 +396,7 @@ def test_logits_of_the_padded_batch_for_compute_metrics(tmp_path):
         compute_metrics=lambda prediction: shapes.append(prediction.predictions.shape) or {},
     )
     trainer.train()
-    assert trainer._shares_prefix
+    assert trainer.shares_prefix
     longest = max(
         len(pair["prompt_ids"]) + max(len(pair["real_ids"]), len(pair["generated_ids"]))
         for pair in trainer.games["eval"].pairs[0]
@@ -420,11 +428,10 @@ def ultrachat_lengths(num_rows, seed=0):
 @pytest.mark.parametrize(("num_rows", "step_size"), [(20_000, 8), (20_000, 64), (1003, 8), (12, 4), (7, 8), (5, 1)])
 def test_order_of_the_rows(num_rows, step_size):
     lengths = sum(ultrachat_lengths(num_rows))
-    game = SimpleNamespace(lengths=lambda: lengths, epoch=0)
-    sampler = LengthGroupedSampler(game, step_size, seed=1)
-    epochs = []
-    for game.epoch in (0, 1, 1):
-        epochs.append(list(sampler))
+    epoch = iter((0, 1, 1))
+    sampler = LengthGroupedSampler(num_rows, lambda: lengths, step_size, seed=1, epoch=lambda: next(epoch))
+    assert len(sampler) == num_rows
+    epochs = [list(sampler) for _ in range(3)]
     assert epochs[0] != epochs[1] == epochs[2] or num_rows < 10
     for order in epochs:
         assert sorted(order) == list(range(num_rows))
@@ -464,7 +471,7 @@ def test_batches_are_grouped_and_the_longest_comes_first(tmp_path):
 
         trainer.compute_loss = watch
         trainer.train()
-        ratios = [logs.get("self_play/computed_over_unique_tokens") for logs in trainer.state.log_history]
+        ratios = [logs.get("computed_over_unique_tokens") for logs in trainer.state.log_history]
         ratios = [ratio for ratio in ratios if ratio is not None]
         return sum(ratios) / len(ratios)
 
@@ -480,5 +487,5 @@ def test_short_rows_stay_mixed():
     """Answers that were cut short are spread over the steps, as in a random order."""
     lengths = np.full(6400, 24)
     lengths[:320] = 20
-    order = np.array(list(LengthGroupedSampler(SimpleNamespace(lengths=lambda: lengths, epoch=0), 64, seed=0)))
+    order = np.array(list(LengthGroupedSampler(6400, lambda: lengths, 64, seed=0, epoch=lambda: 0)))
     assert (lengths[order].reshape(-1, 64) == 20).sum(axis=1).max() < 16
