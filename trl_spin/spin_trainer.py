@@ -42,13 +42,11 @@ from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .best import BestIterationCallback, Yardstick
 from .callbacks import SelfPlayCallback
 from .compat import check_forward, no_model_hash, prepare_model
-from .completion_metrics import CompletionMetricsCallback
 from .data import hold_out, make_rules, prepare_dataset
 from .engines import Generate, chosen_engine
-from .keeping import IterationCallback
+from .iterations import BestIterationCallback, CompletionMetricsCallback, IterationCallback, Yardstick
 from .measures import Measures
 from .monitor import StepMonitor
 from .objectives import choose_losses
@@ -58,7 +56,7 @@ from .report.card import write_model_card
 from .run.checkpoints import Checkpoints
 from .run.files import read_records
 from .run.processes import Processes, StopRequested, StopSignal, explain_out_of_memory
-from .run.resume import RunLock, game_settings, open_run, run_settings
+from .run.resume import game_settings, open_run, run_lock, run_settings
 from .run.weights import check_finite_weights, weights_fingerprint
 from .schedule import ChainedLR, Schedule
 from .shared_prefix_trainer import SharedPrefixDPOTrainer
@@ -382,14 +380,15 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             `ValueError`: If `output_dir` holds another run, is in use, or was made with other settings, or if there is
             nothing to resume from.
         """
-        lock, processes, stop = RunLock(self.args.output_dir), self.processes, self.processes.stop
-        processes.on_main(lock.acquire)
+        args, stop = self.args, self.processes.stop
         try:
-            settings, num_processes = self._settings(), self.accelerator.num_processes
-            checkpoint = processes.on_main(
-                open_run, self.args, settings, resume_from_checkpoint or False, num_processes
-            )
-            with stop, explain_out_of_memory("training", _OUT_OF_MEMORY):
+            with (
+                run_lock(self.processes, args.output_dir),
+                explain_out_of_memory("training", _OUT_OF_MEMORY),
+                stop,
+            ):
+                settings, resume = self._settings(), resume_from_checkpoint or False
+                checkpoint = self.processes.on_main(open_run, args, settings, resume, self.accelerator.num_processes)
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
                 if stop.signum:
                     raise StopRequested(stop.signum)
@@ -405,9 +404,6 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             if request.signum == signal.SIGINT:
                 raise KeyboardInterrupt(message) from None
             raise SystemExit(128 + request.signum) from None
-        finally:
-            if self.accelerator.is_main_process:
-                lock.release()
 
     def _settings(self) -> dict[str, Any]:
         """All that changes the result of the run."""
