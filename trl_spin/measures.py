@@ -12,17 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is measured of the opponent's completions: of all when a game is stored, and by a function of the user's own."""
+"""What is measured: of every step, of the opponent's completions, and by a function of the user's own."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from datasets import Dataset
 
 from .pairs import Game
-from .report.signals import describe_game, find_warnings, metric_prefix
+from .report.signals import describe_game, find_warnings, metric_prefix, proportion_interval
 from .run.games import read_manifest
+from .spin_config import SPINConfig
 
 
 def last_logs(log_history: list[dict[str, Any]], first_step: int) -> dict[str, float]:
@@ -79,3 +83,106 @@ class Measures:
         if earlier is not None:
             earlier = {key.removeprefix(prefix): value for key, value in earlier["metrics"].items()}
         return metrics, find_warnings(described[game.watched.name], earlier)
+
+
+class StepMonitor:
+    """
+    Watches the steps of training and evaluation.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator.
+        game ([`~pairs.Game`]):
+            Game.
+        metrics (`dict[str, dict[str, list[float]]]`):
+            DPOTrainer's metrics since the last log, by mode.
+        args ([`SPINConfig`]):
+            `beta` and `initial_loss_tolerance`.
+        exact (`bool`):
+            Whether everything is computed in float32.
+    """
+
+    def __init__(self, accelerator: Accelerator, game: Game, metrics: dict, args: SPINConfig, exact: bool):
+        self.accelerator, self.game, self.metrics, self.args = accelerator, game, metrics, args
+        self.tolerance = args.initial_loss_tolerance
+        if self.tolerance is None:
+            self.tolerance = 1e-3 if exact else 0.1
+        self._real = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # NLL and number of tokens of the real completions
+        self._margins: list[float] = []  # of the evaluation
+
+    def reset(self, mode: str):
+        """Forgets what was measured since the last log, in `"train"` or `"eval"`."""
+        self._real[mode] = [0.0, 0.0]
+
+    def step(self, mode: str, step: int, loss: torch.Tensor, logratios: tuple, completion_mask: torch.Tensor):
+        """
+        Takes a step into account. Raises a `ValueError` if its loss is not finite, or not ℓ(0) where it has to be.
+
+        Args:
+            mode (`str`):
+                `"train"` or `"eval"`.
+            step (`int`):
+                Optimizer steps before this one.
+            loss (`torch.Tensor`):
+                Loss of the batch.
+            logratios (`tuple[torch.Tensor, torch.Tensor]`):
+                Log-ratios to the reference of the real and of the generated completions, of shape (batch,).
+            completion_mask (`torch.Tensor`):
+                1 at tokens of completions, of shape (2 * batch, seq_len): first the real, then the generated ones.
+        """
+        metrics = self.metrics[mode]
+        num_real, num_generated = (mask.sum(dim=1) for mask in completion_mask.chunk(2, dim=0))
+        statistics = (num_real, num_generated, *logratios, loss)
+        statistics = torch.stack([value.detach().to(loss.dtype).expand(len(num_real)) for value in statistics], dim=1)
+        num_real, num_generated, real, generated, losses = self.accelerator.gather(statistics).unbind(dim=1)
+        logps = {side: metrics[f"logps/{side}"][-1] for side in ("chosen", "rejected")}
+        if mode == "train" and not math.isfinite(losses.sum().item()):
+            raise ValueError(
+                f"The loss of step {step + 1} (iteration {self.game.iteration}) is {losses.mean().item()}, with mean "
+                f"log-probs {logps['chosen']:.6g} of the real and {logps['rejected']:.6g} of the generated completions. "
+                "The step is not taken, so the last checkpoint and iteration are intact. Lower `learning_rate`, set "
+                "`max_grad_norm`, or train in bfloat16 or float32 instead of float16."
+            )
+        self._real[mode][0] -= logps["chosen"] * len(num_real)
+        self._real[mode][1] += num_real.sum().item()
+        if mode == "eval":
+            beta = self.args.per_iteration("beta")[self.game.iteration]
+            self._margins += (beta * (real - generated)).tolist()
+        elif self.game.at_start:
+            metrics["self_play/initial_loss"].append(losses.mean().item())
+            # Rounding errors of the tokens add up to about the square root of their number
+            drift = [
+                (side.mean() / n.mean().sqrt()).item() for side, n in ((real, num_real), (generated, num_generated))
+            ]
+            self._check_start(losses.mean().item(), *drift)
+            self.game.at_start = False
+
+    def _check_start(self, loss: float, real: float, generated: float):
+        if not max(abs(real), abs(generated)) <= self.tolerance:
+            raise ValueError(
+                f"Iteration {self.game.iteration} does not start at its opponent. The model that is trained is the "
+                "opponent at this point, so log(p_θ/p_θt) must be 0, and the first loss ℓ(0), log 2 = 0.6931 for the "
+                f"logistic loss. But the loss is {loss:.4f}, and the log-ratio over the square root of the length is "
+                f"{real:.4g} for the real and {generated:.4g} for the generated completions, beyond "
+                f"`initial_loss_tolerance` ({self.tolerance}). The stored log-probs do not belong to this model in "
+                "training. Usual causes: dropout that is on in training (`disable_dropout=False`), a `data_collator` "
+                "that changes the sequences, or a callback that changed the weights."
+            )
+
+    def summarize(self, mode: str) -> dict[str, list[float]]:
+        """What to log of the steps since the last log, which are forgotten."""
+        summary = {}
+        nll, num_tokens = self._real[mode]
+        if num_tokens:
+            summary["nll/real"] = [nll / num_tokens]
+        self.reset(mode)
+        if mode == "eval" and self._margins:
+            # 95% intervals: an accuracy on few prompts says little
+            margins = torch.tensor(self._margins)
+            ends = proportion_interval((margins > 0).float().mean().item(), len(margins))
+            radius = 1.96 * margins.std().item() / math.sqrt(len(margins)) if len(margins) > 1 else math.inf
+            ends += (margins.mean().item() - radius, margins.mean().item() + radius)
+            names = [f"rewards/{metric}_{end}" for metric in ("accuracies", "margins") for end in ("low", "high")]
+            summary |= {name: [end] for name, end in zip(names, ends, strict=True)}
+            self._margins = []
+        return summary

@@ -45,8 +45,7 @@ from .compat import check_forward, no_model_hash, prepare_model
 from .data import hold_out, make_rules, prepare_dataset
 from .engines import Generate, chosen_engine
 from .iterations import BestIterationCallback, CompletionMetricsCallback, IterationCallback, Yardstick
-from .measures import Measures
-from .monitor import StepMonitor
+from .measures import Measures, StepMonitor
 from .objectives import choose_losses
 from .pairs import Game, GameDataset, PairCollator, leave_out_unplayed
 from .preflight import DryRun, PreflightCallback

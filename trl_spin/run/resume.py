@@ -85,10 +85,8 @@ def run_lock(processes: Processes, output_dir: str):
             holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         except Timeout:
             job = holder.read_text() if holder.is_file() else "unknown"
-            raise ValueError(
-                f"Another job is running in `output_dir` ({output_dir}): {job}. Wait for it or stop it, or choose another "
-                "`output_dir`."
-            ) from None
+            where = f"Another job is running in `output_dir` ({output_dir}): {job}."
+            raise ValueError(f"{where} Wait for it or stop it, or choose another `output_dir`.") from None
         except NotImplementedError:
             logger.warning(f"The file system of {output_dir} has no locks: do not start two jobs in it.")
         except OSError as error:
@@ -210,11 +208,9 @@ def _compare_settings(path: Path, old: dict[str, Any], new: dict[str, Any]):
         if before != after:
             changes.append(f"- `{name}` was {before!r} and is {after!r}")
     if changes:
-        raise ValueError(
-            f"The run would not be the one that is continued. These settings differ from {path}:\n"
-            + "\n".join(changes)
-            + "\nResume with the old settings, or start a new run in another `output_dir`."
-        )
+        what = f"The run would not be the one that is continued. These settings differ from {path}:"
+        remedy = "Resume with the old settings, or start a new run in another `output_dir`."
+        raise ValueError("\n".join([what, *changes, remedy]))
 
 
 def _missing_file(checkpoint: Path, num_processes: int, model_only: bool) -> str | None:
@@ -246,8 +242,7 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_
     Raises:
         `ValueError`: If the given checkpoint, or all of them, cannot be used.
     """
-    boundaries = [0, *accumulate(args.per_iteration("num_train_epochs"))]
-    candidates = [resume_from_checkpoint]
+    boundaries, candidates = [0, *accumulate(args.per_iteration("num_train_epochs"))], [resume_from_checkpoint]
     if resume_from_checkpoint is True:
         candidates = reversed(sort_checkpoints(args.output_dir))
     faults = []
@@ -269,14 +264,9 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_
             return str(checkpoint)
         faults.append(f"{checkpoint}: {fault}.")
         logger.warning(f"Cannot resume from {faults[-1]}")
-    finished = [path.parent.name for path in Path(args.output_dir).glob(f"iteration-*/{RECORD}")]
-    if resume_from_checkpoint is not True or finished:
+    if resume_from_checkpoint is not True or any(Path(args.output_dir).glob(f"iteration-*/{RECORD}")):
         none = f"{args.output_dir} holds none (`save_strategy={args.save_strategy.value!r}`)."
-        start_anew = f", or start a new run from the model of the last finished iteration ({', '.join(finished)})"
-        raise ValueError(
-            "There is no checkpoint to resume from.\n"
-            + "\n".join(faults or [none])
-            + f"\nRestore the files or resume from another checkpoint{start_anew if finished else ''}."
-        )
+        remedy = "Restore the files, resume from another checkpoint, or start anew from the last finished iteration."
+        raise ValueError("\n".join(["There is no checkpoint to resume from.", *(faults or [none]), remedy]))
     logger.warning(f"There is no checkpoint in {args.output_dir} yet: the run goes on from its beginning.")
     return None
