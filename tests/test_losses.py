@@ -23,7 +23,6 @@ import torch
 from conftest import Scripted, assert_loss_and_gradient, first_losses, logp, make_args, make_trainer
 from transformers import TrainerCallback
 
-from trl_spin import objectives
 from trl_spin.objectives import OBJECTIVES, TRL_LOSSES, objective
 from trl_spin.pairs import GameDataset, as_preference
 
@@ -195,12 +194,15 @@ def test_a_run_goes_on_with_its_own_objective_alone(tmp_path):
     assert resumed.state.global_step == 2
 
 
-def test_another_objective_is_a_change_in_one_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(objectives, "OBJECTIVES", OBJECTIVES.copy())
+def test_another_objective_is_a_change_in_one_place(tmp_path, request):
     objective("squared", target="space_mu")(squared)
-    trainer = make_trainer(tmp_path, loss_type="squared", space_mu=0.5, beta=0.5, learning_rate=1e-4)
+    request.addfinalizer(lambda: OBJECTIVES.pop("squared"))
+    options = {"num_self_play_iterations": 1, "beta": 0.5, "learning_rate": 1e-4}
+    trainer = make_trainer(tmp_path, loss_type="squared", space_mu=0.5, **options)
     trainer.train()
-    assert first_losses(trainer) == [pytest.approx(0.25, abs=1e-4)] * 2
+    assert first_losses(trainer) == [pytest.approx(0.25, abs=1e-4)]
     assert_objective(trainer, partial(squared, target=0.5), 0.5)
     with pytest.raises(ValueError, match=r"`space_mu=0.5` does nothing .* belongs to \['space', 'squared'\]"):
         make_args(tmp_path, space_mu=0.5)
+    with pytest.raises(ValueError, match="`use_weighting` is an option of"):
+        make_args(tmp_path, loss_type="squared", use_weighting=True)
