@@ -18,7 +18,9 @@ One self-play iteration, from a saved model to a saved model, on the same model,
 (a) TRL as one would script it: `generate` in batches of 8, decode, `DPOTrainer` with its defaults;
 (b) the same with `precompute_ref_log_probs`;
 (c) trl-spin with its defaults, which leave out gradient checkpointing where memory allows;
-(d) trl-spin with gradient checkpointing, as (a) and (b) have it.
+(d) trl-spin with gradient checkpointing, as (a) and (b) have it;
+(e) the script of (b) with the class name changed to `SharedPrefixDPOTrainer`;
+(f) the same with `train_sampling_strategy="group_by_length"`, which DPOTrainer cannot do.
 
 Each variant runs in a process of its own, in turn, and the best of the repetitions counts. The model is random, with a
 bias on the end token that lets half of the answers run into their limit. Lengths are drawn from a distribution like that
@@ -46,6 +48,8 @@ VARIANTS = {
     "b": "the same, reference precomputed",
     "c": "trl-spin",
     "d": "trl-spin, gradient checkpointing",
+    "e": "(b) with SharedPrefixDPOTrainer",
+    "f": "the same, grouped by length",
 }
 PASSES, BATCH_SIZE = 2, 8
 
@@ -183,12 +187,15 @@ def count_positions(watch: Watch):
     PhiModel.forward = counting
 
 
-def scripted(watch: Watch, precompute: bool):
+def scripted(watch: Watch):
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
+    from trl_spin import SharedPrefixDPOTrainer
+
+    trainer_class = SharedPrefixDPOTrainer if args.variant in "ef" else DPOTrainer
     watch.wrap(DPOTrainer, "_precompute_ref_logps", "scoring")
     watch.wrap(DPOTrainer, "train", "training")
     dataset = load_dataset("json", data_files=f"{args.work_dir}/data.jsonl", split="train")
@@ -204,13 +211,14 @@ def scripted(watch: Watch, precompute: bool):
             answers += tokenizer.batch_decode(output, skip_special_tokens=True)
     del model
     pairs = dataset.rename_column("completion", "chosen").add_column("rejected", [" " + text for text in answers])
-    trainer = DPOTrainer(
+    trainer = trainer_class(
         f"{args.work_dir}/model",
         args=DPOConfig(
             f"{args.work_dir}/output",
             num_train_epochs=PASSES,
             per_device_train_batch_size=BATCH_SIZE,
-            precompute_ref_log_probs=precompute,
+            precompute_ref_log_probs=args.variant != "a",
+            **({"train_sampling_strategy": "group_by_length"} if args.variant == "f" else {}),
             use_cpu=True,
             bf16=False,
             save_strategy="no",
@@ -292,8 +300,8 @@ def measure():
     count_positions(watch)
     time_model(watch)
     start = clock()
-    if args.variant in "ab":
-        num_parameters, num_threads, checkpointing = scripted(watch, precompute=args.variant == "b")
+    if args.variant in "abef":
+        num_parameters, num_threads, checkpointing = scripted(watch)
     else:
         num_parameters, num_threads, checkpointing = spin(watch)
     seconds = {phase: watch.seconds[phase] for phase in ("generation", "scoring", "training", "model")}

@@ -15,6 +15,7 @@
 """Pairs of a real and a generated completion: what makes one, who its opponent is, and the dataset that holds them."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,19 +34,10 @@ from .schedule import Schedule
 
 # One row per pair. `row` is the index in the user's dataset, `opponent` the iteration whose opponent wrote the completion
 PAIR_FEATURES = Features(
-    {
-        "row": Value("int64"),
-        "opponent": Value("int64"),
-        "prompt_ids": List(Value("int64")),
-        "real_ids": List(Value("int64")),
-        "generated_ids": List(Value("int64")),
-        "truncated": Value("bool"),
-        "empty": Value("bool"),
-        "identical": Value("bool"),
-        "played": Value("bool"),
-        "ref_real_logps": Value("float32"),
-        "ref_generated_logps": Value("float32"),
-    }
+    {name: Value("int64") for name in ("row", "opponent")}
+    | {name: List(Value("int64")) for name in ("prompt_ids", "real_ids", "generated_ids")}
+    | {name: Value("bool") for name in ("truncated", "empty", "identical", "played")}
+    | {name: Value("float32") for name in ("ref_real_logps", "ref_generated_logps")}
 )
 
 
@@ -102,24 +94,15 @@ class Rules:
         if truncated and self.truncated == "cut_real" and not held_out:
             real_ids = real_ids[: len(generated_ids)]
         identical = generated_ids == real_ids
-        played = (
-            (self.play_identical or not identical)
-            and (self.play_empty or not empty)
-            and not (truncated and self.truncated == "drop")
+        left_out = (
+            (identical and not self.play_identical)
+            or (empty and not self.play_empty)
+            or (truncated and self.truncated == "drop")
         )
-        return {
-            "row": row["row"],
-            "opponent": opponent,
-            "prompt_ids": completion["prompt_ids"],
-            "real_ids": real_ids,
-            "generated_ids": generated_ids,
-            "truncated": truncated,
-            "empty": empty,
-            "identical": identical,
-            "played": played or held_out,
-            "ref_real_logps": 0.0,
-            "ref_generated_logps": 0.0,
-        }
+        ids = {"prompt_ids": completion["prompt_ids"], "real_ids": real_ids, "generated_ids": generated_ids}
+        flags = {"truncated": truncated, "empty": empty, "identical": identical, "played": held_out or not left_out}
+        logps = {"ref_real_logps": 0.0, "ref_generated_logps": 0.0}
+        return {"row": row["row"], "opponent": opponent, **ids, **flags, **logps}
 
 
 class Columns:
@@ -153,6 +136,13 @@ class Columns:
         """Tokens of prompt, real and generated completion of each pair together."""
         prompt, real, generated = (self.lengths(f"{part}_ids") for part in ("prompt", "real", "generated"))
         return prompt + real + np.where(self.scalars["played"], generated, real)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the content, whatever file it came from."""
+        digest = hashlib.sha256(json.dumps(self.scalars).encode())
+        for values, ends in self._lists.values():
+            digest.update(ends.tobytes() + values.tobytes())
+        return digest.hexdigest()
 
     def same(self, name: str, other: "Columns") -> bool:
         """Whether a column is the same as another's."""
@@ -203,7 +193,7 @@ class GameDataset(torch.utils.data.Dataset):
     def __init__(self, name: str, rows: Dataset):
         self.name = name
         self.rows = rows
-        self.fingerprint = fingerprint(rows)
+        self.columns = Columns(rows)
         self.epoch = 0  # of the iteration
         self.clear()
 
@@ -249,13 +239,12 @@ class GameDataset(torch.utils.data.Dataset):
         Raises:
             `ValueError`: If the pairs were not generated from this dataset's prompts, token by token.
         """
-        by_opponent = [
-            pairs.select(range(start, min(start + len(self), len(pairs)))) for start in range(0, len(pairs), len(self))
-        ]
-        columns, own = [Columns(opponent) for opponent in by_opponent], Columns(self.rows)
+        starts = range(0, len(pairs), len(self))
+        by_opponent = [pairs.select(range(start, min(start + len(self), len(pairs)))) for start in starts]
+        columns = [Columns(opponent) for opponent in by_opponent]
         for opponent, theirs in zip(by_opponent, columns, strict=True):
             for column in ("row", "prompt_ids"):
-                if not own.same(column, theirs):
+                if not self.columns.same(column, theirs):
                     raise ValueError(
                         f"The pairs for the {self.name} dataset were generated from other prompts than its own (column "
                         f"`{column}`, opponent {opponent['opponent'][0]}, {len(opponent)} pairs for {len(self)} "
@@ -336,19 +325,6 @@ def with_logps(pairs: Dataset, logps: list[tuple[float, float]]) -> Dataset:
         position = table.column_names.index(f"ref_{side}_logps")
         table = table.set_column(position, table.field(position), [pyarrow.array(values, pyarrow.float32())])
     return Dataset(InMemoryTable(table))
-
-
-def fingerprint(rows: Dataset) -> str:
-    """SHA-256 of the content of `row`, `prompt_ids` and `real_ids`, whatever file they came from."""
-    digest = hashlib.sha256()
-    for batch in rows.with_format("arrow").iter(10_000):
-        for column in ("row", "prompt_ids", "real_ids"):
-            values = batch[column].combine_chunks()
-            if pyarrow.types.is_list(values.type):
-                digest.update(pyarrow.compute.list_value_length(values).to_numpy(zero_copy_only=False).tobytes())
-                values = values.flatten()
-            digest.update(values.to_numpy(zero_copy_only=False).tobytes())
-    return digest.hexdigest()
 
 
 def leave_out_unplayed(inputs: dict[str, Any], accelerator: Accelerator) -> tuple[dict[str, Any], float]:

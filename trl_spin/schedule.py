@@ -15,12 +15,13 @@
 """Which iteration a step belongs to. Iterations are made of whole epochs, and all epochs have as many steps."""
 
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainingArguments, get_scheduler
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,6 @@ class Schedule:
         """The iteration that ends after this number of steps, if one does."""
         return self.starts.index(step) - 1 if step in self.starts[1:] else None
 
-    def chain(self, peaks: list[float], make: Callable[[int, float], Callable[[int], float]]) -> list[float]:
-        """
-        One learning-rate schedule per iteration, one after the other: factors of the first peak, step by step.
-
-        Args:
-            peaks (`list[float]`):
-                Peak learning rate of each iteration.
-            make (`Callable[[int, float], Callable[[int], float]]`):
-                Schedule of a number of steps with a peak, as a function of the step.
-        """
-        factors = []
-        for num_epochs, peak in zip(self.num_epochs, peaks, strict=True):
-            factor = make(num_epochs * self.steps_per_epoch, peak)
-            scale = peak / peaks[0] if peak != peaks[0] else 1.0
-            factors += [scale * factor(step) for step in range(num_epochs * self.steps_per_epoch)]
-        return factors
-
 
 class ChainedLR(LambdaLR):
     """
@@ -89,3 +73,37 @@ class ChainedLR(LambdaLR):
         ]
         for group, learning_rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = learning_rate
+
+
+def chain_schedules(
+    schedule: Schedule, peaks: list[float], optimizer: torch.optim.Optimizer, args: TrainingArguments
+) -> ChainedLR:
+    """
+    One learning-rate schedule per iteration, one after the other.
+
+    Args:
+        schedule ([`Schedule`]):
+            Where iterations begin.
+        peaks (`list[float]`):
+            Peak learning rate of each iteration.
+        optimizer (`torch.optim.Optimizer`):
+            Optimizer, made with the first peak.
+        args ([`~transformers.TrainingArguments`]):
+            Kind of the schedule, and its warm-up.
+
+    Raises:
+        `ValueError`: If the kind of schedule depends on more than the step.
+    """
+    factors = []
+    for num_epochs, peak in zip(schedule.num_epochs, peaks, strict=True):
+        num_steps = num_epochs * schedule.steps_per_epoch
+        placeholder, warmup = torch.optim.SGD([torch.zeros(1)], lr=peak), args.get_warmup_steps(num_steps)
+        part = get_scheduler(args.lr_scheduler_type, placeholder, warmup, num_steps, args.lr_scheduler_kwargs)
+        if not isinstance(part, LambdaLR):
+            raise ValueError(
+                f"`lr_scheduler_type={args.lr_scheduler_type!r}` depends on more than the step, so it cannot restart at "
+                "each iteration. Use 'linear', 'cosine' or another schedule of the step."
+            )
+        scale = peak / peaks[0] if peak != peaks[0] else 1.0
+        factors += [scale * part.lr_lambdas[0](step) for step in range(num_steps)]
+    return ChainedLR(optimizer, lambda step: factors[min(step, len(factors) - 1)])

@@ -26,8 +26,6 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig, PeftModel
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -42,13 +40,11 @@ from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .best import BestIterationCallback, Yardstick
 from .callbacks import SelfPlayCallback
 from .compat import check_forward, no_model_hash, prepare_model
-from .completion_metrics import CompletionMetricsCallback
 from .data import hold_out, make_rules, prepare_dataset
 from .engines import Generate, chosen_engine
-from .keeping import IterationCallback
+from .iterations import BestIterationCallback, CompletionMetricsCallback, IterationCallback, Yardstick
 from .measures import Measures
 from .monitor import StepMonitor
 from .objectives import choose_losses
@@ -58,9 +54,9 @@ from .report.card import write_model_card
 from .run.checkpoints import Checkpoints
 from .run.files import read_records
 from .run.processes import Processes, StopRequested, StopSignal, explain_out_of_memory
-from .run.resume import RunLock, game_settings, open_run, run_settings
+from .run.resume import game_settings, open_run, run_lock, run_settings
 from .run.weights import check_finite_weights, weights_fingerprint
-from .schedule import ChainedLR, Schedule
+from .schedule import Schedule, chain_schedules
 from .shared_prefix_trainer import SharedPrefixDPOTrainer
 from .showing import CompletionsCallback, ProbeCallback, ReportCallback
 from .spin_config import SPINConfig
@@ -227,7 +223,6 @@ class SPINTrainer(SharedPrefixDPOTrainer):
     def _attach_callbacks(self, engine_class, compute_completion_metrics):
         """One callback for each concern, in the order in which they act."""
         args, game, processes = self.args, self.game, self.processes
-
         engine = probe_engine = engine_class(args, processes, game.rules)
         if engine_class is not Generate:  # probes can be compared: their samples depend on their seeds alone
             probe_args = copy.copy(args)
@@ -254,13 +249,12 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         """Equation 4.7, and its family: DPOTrainer's losses, then those of self-play, of the same log-ratios."""
         mode = "train" if self.model.training else "eval"
         beta, sft_weight = (self.args.per_iteration(name)[self.game.iteration] for name in ("beta", "sft_weight"))
-        # DPOTrainer must have a loss
-        trl_losses = self.losses.trl + ([("sft", sft_weight)] if sft_weight else []) or [("sigmoid", 0.0)]
+        trl_losses = self.losses.trl + ([("sft", sft_weight)] if sft_weight else [])
+        if not trl_losses:
+            trl_losses = [("sigmoid", 0.0)]  # DPOTrainer must have one
         self.beta, (self.loss_types, self.loss_weights) = beta, map(list, zip(*trl_losses, strict=True))
         share = 1.0  # of the pairs that go through the model
-        if mode == "eval":
-            inputs = {key: value for key, value in inputs.items() if key != "played"}
-        elif self.losses.of_margin and not sft_weight and not self.game.train.all_played:
+        if mode == "train" and self.losses.of_margin and not sft_weight and not self.game.train.all_played:
             inputs, share = leave_out_unplayed(inputs, self.accelerator)
 
         result = super()._compute_loss(model, inputs, return_outputs)
@@ -277,8 +271,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             # Same mean over the whole batch, and same gradient, as if the unplayed pairs had gone through the model
             loss = share * loss + (1 - share) * self.losses.at_zero(beta)
 
-        step, mask = self.state.global_step, inputs["completion_mask"]
-        self.monitor.step(mode, step, loss, (real, generated), mask, beta)
+        self.monitor.step(mode, self.state.global_step, loss, (real, generated), inputs["completion_mask"], beta)
         return (loss, outputs) if return_outputs else loss
 
     def forward_pairs(self, model, played=None, **kwargs):
@@ -382,14 +375,15 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             `ValueError`: If `output_dir` holds another run, is in use, or was made with other settings, or if there is
             nothing to resume from.
         """
-        lock, processes, stop = RunLock(self.args.output_dir), self.processes, self.processes.stop
-        processes.on_main(lock.acquire)
+        args, stop = self.args, self.processes.stop
         try:
-            settings, num_processes = self._settings(), self.accelerator.num_processes
-            checkpoint = processes.on_main(
-                open_run, self.args, settings, resume_from_checkpoint or False, num_processes
-            )
-            with stop, explain_out_of_memory("training", _OUT_OF_MEMORY):
+            with (
+                run_lock(self.processes, args.output_dir),
+                explain_out_of_memory("training", _OUT_OF_MEMORY),
+                stop,
+            ):
+                settings, resume = self._settings(), resume_from_checkpoint or False
+                checkpoint = self.processes.on_main(open_run, args, settings, resume, self.accelerator.num_processes)
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
                 if stop.signum:
                     raise StopRequested(stop.signum)
@@ -405,9 +399,6 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             if request.signum == signal.SIGINT:
                 raise KeyboardInterrupt(message) from None
             raise SystemExit(128 + request.signum) from None
-        finally:
-            if self.accelerator.is_main_process:
-                lock.release()
 
     def _settings(self) -> dict[str, Any]:
         """All that changes the result of the run."""
@@ -470,24 +461,10 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         return DPOTrainer.get_optimizer_cls_and_kwargs(first, model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        if self.lr_scheduler is not None:
-            return self.lr_scheduler
-
-        def make(num_steps: int, peak: float) -> Callable[[int], float]:
-            placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
-            schedule = super(SPINTrainer, self).create_scheduler(num_steps, placeholder)
-            self.lr_scheduler = None
-            if not isinstance(schedule, LambdaLR):
-                raise ValueError(
-                    f"`lr_scheduler_type={self.args.lr_scheduler_type!r}` depends on more than the step, so it cannot "
-                    "restart at each iteration. Use 'linear', 'cosine' or another schedule of the step."
-                )
-            return schedule.lr_lambdas[0]
-
-        factors = self.game.schedule.chain(self.args.per_iteration("learning_rate"), make)
-        optimizer = self.optimizer if optimizer is None else optimizer
-        self.lr_scheduler = ChainedLR(optimizer, lambda step: factors[min(step, len(factors) - 1)])
-        self._created_lr_scheduler = True
+        if self.lr_scheduler is None:
+            peaks = self.args.per_iteration("learning_rate")
+            self.lr_scheduler = chain_schedules(self.game.schedule, peaks, optimizer or self.optimizer, self.args)
+            self._created_lr_scheduler = True
         return self.lr_scheduler
 
     # ---- Model card and Hub ----

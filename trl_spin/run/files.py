@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 # In `self_play/iteration-<t>`, in `self_play`, and in `iteration-<t>`
 MANIFEST, PROBES = "manifest.json", "probes.json"
-HISTORY, SETTINGS, BASE_WEIGHTS = "log_history.json", "run.json", "base.safetensors"
+HISTORY, SETTINGS = "log_history.json", "run.json"
 RECORD = "self_play.json"
 
 
@@ -36,8 +36,8 @@ def game_dir(output_dir: str | Path, iteration: int) -> Path:
 
 
 def model_dir(output_dir: str | Path, iteration: int) -> Path:
-    """Where the model that an iteration made is."""
-    return Path(output_dir) / f"iteration-{iteration}"
+    """Where the model that an iteration made is; -1 for the one that self-play started from, if it is kept."""
+    return Path(output_dir) / (f"iteration-{iteration}" if iteration >= 0 else "self_play/base")
 
 
 def read_json(path: Path) -> Any:

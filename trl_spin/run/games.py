@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -85,32 +85,28 @@ def read_completions(output_dir: str, request: Request, names: list[str]) -> dic
     Completions for the same request that a stopped run left behind, by name of the dataset and index: committed shards,
     or a stored game of which a part is damaged. What is damaged is named and left out.
     """
-    directory = game_dir(output_dir, request.iteration)
-    completions = {name: {} for name in names}
-
-    def damaged(path: Path):
-        logger.warning(f"{path} is damaged: it does not match its checksum. Its rows are generated again.")
-
+    sources = []  # name of the dataset, file, checksum, index of its first row
     for name in names:
         for path in sorted(request.directory(output_dir).glob(f"{glob.escape(name)}-{64 * '?'}.parquet")):
-            if _sha256(path) != path.stem.removeprefix(f"{name}-"):
-                damaged(path)
-                continue
-            for completion in pyarrow.parquet.read_table(path).to_pylist():
-                completions[name][completion.pop("index")] = completion
+            sources.append((name, path, path.stem.removeprefix(f"{name}-"), 0))
     manifest = read_manifest(output_dir, request.iteration)
     if manifest is not None and manifest["request"] == request.hash:
-        first = defaultdict(int)
+        first = Counter()
         for shard in manifest["shards"]:
-            path, name = directory / shard["file"], shard["dataset"]
-            if _sha256(path) != shard["sha256"]:
-                damaged(path)
-            elif name in names:
-                for index, pair in enumerate(pyarrow.parquet.read_table(path).to_pylist(), first[name]):
-                    if pair["opponent"] == request.iteration:
-                        kept = {key: pair[key] for key in ("prompt_ids", "generated_ids", "truncated")}
-                        completions[name][index] = kept
-            first[name] += shard["rows"]
+            path = game_dir(output_dir, request.iteration) / shard["file"]
+            sources.append((shard["dataset"], path, shard["sha256"], first[shard["dataset"]]))
+            first[shard["dataset"]] += shard["rows"]
+
+    completions = {name: {} for name in names}
+    for name, path, checksum, first in sources:
+        if _sha256(path) != checksum:
+            logger.warning(f"{path} is damaged: it does not match its checksum. Its rows are generated again.")
+            continue
+        for index, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), first):
+            # Shards of a game hold pairs of earlier opponents, too. Committed ones say where their rows belong
+            if name in names and row.get("opponent", request.iteration) == request.iteration:
+                kept = {key: row[key] for key in ("prompt_ids", "generated_ids", "truncated")}
+                completions[name][row.get("index", index)] = kept
     return completions
 
 

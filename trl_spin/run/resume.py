@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import socket
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ..spin_config import PER_ITERATION, SPINConfig
 from .checkpoints import choose_checkpoint
 from .files import SETTINGS, read_json, write_json
 from .games import SCHEMA_VERSION, check_schema
+from .processes import Processes
 
 
 logger = get_logger(__name__)
@@ -72,36 +74,33 @@ _SAMPLING_OPTIONS = """
 _PAIR_OPTIONS = "truncated_completions play_empty_completions opponent_history".split()
 
 
-class RunLock:
+@contextmanager
+def run_lock(processes: Processes, output_dir: str):
     """Keeps a second job out of a run's directory. The system gives the lock back when the process ends, however."""
+    lock, holder = FileLock(_run_file(output_dir).with_name("lock")), _run_file(output_dir).with_name("job.json")
 
-    def __init__(self, output_dir: str):
-        self.output_dir = output_dir
-        self.lock = FileLock(Path(output_dir) / "self_play" / "lock")
-        self.holder = Path(output_dir) / "self_play" / "job.json"
-
-    def acquire(self):
-        """Takes the lock. Raises a `ValueError` if another job has it."""
+    def acquire():
         try:
-            self.holder.parent.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-            self.holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+            holder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         except Timeout:
-            holder = self.holder.read_text() if self.holder.is_file() else "unknown"
+            job = holder.read_text() if holder.is_file() else "unknown"
             raise ValueError(
-                f"Another job is running in `output_dir` ({self.output_dir}): {holder}. Wait for it or stop it, or "
-                "choose another `output_dir`."
+                f"Another job is running in `output_dir` ({output_dir}): {job}. Wait for it or stop it, or choose another "
+                "`output_dir`."
             ) from None
         except NotImplementedError:
-            logger.warning(f"The file system of {self.output_dir} has no locks: do not start two jobs in it.")
+            logger.warning(f"The file system of {output_dir} has no locks: do not start two jobs in it.")
         except OSError as error:
-            raise OSError(
-                f"`output_dir` ({self.output_dir}) cannot be written to: {error}. Choose another one."
-            ) from error
+            raise OSError(f"`output_dir` ({output_dir}) cannot be written to: {error}. Choose another one.") from error
 
-    def release(self):
-        """Gives the lock back."""
-        self.lock.release()
+    processes.on_main(acquire)
+    try:
+        yield
+    finally:
+        if processes.accelerator.is_main_process:
+            lock.release()
 
 
 def library_versions() -> dict[str, str]:
@@ -130,7 +129,9 @@ def game_settings(args: SPINConfig, game: Game) -> dict[str, Any]:
         "pairs": pairs | {"play_identical": rules.play_identical},
         "end_token_ids": rules.end_token_ids,
         "max_length": rules.max_length,
-        "data": {name: f"{len(dataset)} rows, {dataset.fingerprint}" for name, dataset in game.datasets.items()},
+        "data": {
+            name: f"{len(dataset)} rows, {dataset.columns.fingerprint()}" for name, dataset in game.datasets.items()
+        },
         "chat_template": hashlib.sha256(str(rules.tokenizer.chat_template).encode()).hexdigest(),
     }
 

@@ -12,19 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The model's weights: what tells them apart, whether they are finite, and those that self-play started from."""
+"""The model's weights: what tells them apart, and whether they are finite."""
 
 import hashlib
-from pathlib import Path
 
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
-
-from .files import BASE_WEIGHTS, atomic_open
-from .processes import Processes
 
 
 @torch.no_grad()
@@ -60,30 +55,3 @@ def check_finite_weights(model: torch.nn.Module, step: int, iteration: int):
             "saved, so the last checkpoint and iteration are intact. Lower `learning_rate`, set `max_grad_norm`, or train "
             "in bfloat16 or float32 instead of float16."
         )
-
-
-def _base_file(output_dir: str) -> Path:
-    return Path(output_dir) / "self_play" / BASE_WEIGHTS
-
-
-def _trained(processes: Processes, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    unwrapped = processes.accelerator.unwrap_model(model)
-    return {name: p.detach() for name, p in unwrapped.named_parameters() if p.requires_grad}
-
-
-def keep_base_weights(processes: Processes, model: torch.nn.Module, output_dir: str):
-    """Keeps the weights that self-play starts from, as far as they are trained."""
-
-    def write():
-        with atomic_open(_base_file(output_dir)) as file:
-            tensors = {name: p.to("cpu").contiguous() for name, p in _trained(processes, model).items()}
-            file.write(safetensors.torch.save(tensors))
-
-    processes.write(output_dir, write)
-
-
-def load_base_weights(processes: Processes, model: torch.nn.Module, output_dir: str):
-    """Returns to the model that self-play started from."""
-    base = safetensors.torch.load_file(_base_file(output_dir))
-    for name, p in _trained(processes, model).items():
-        p.copy_(base[name])

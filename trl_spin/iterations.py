@@ -12,26 +12,55 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Which iteration is the best, and whether the game should go on: one number, measured of each model."""
+"""The end of an iteration: its model is measured, logged, compared and kept. One callback for each."""
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import DPOTrainer
 
+from .callbacks import SelfPlayCallback
 from .measures import last_logs
 from .pairs import Game
 from .report.signals import judge
-from .run.files import model_dir, read_records
-from .run.games import read_manifest
+from .run.files import RECORD, explain_write_error, model_dir, read_records, write_json
+from .run.games import read_manifest, remove_completions
 from .run.processes import Processes
-from .run.weights import keep_base_weights, load_base_weights
+from .run.weights import check_finite_weights
 from .spin_config import SPINConfig
 
 
 logger = get_logger(__name__)
+
+
+class CompletionMetricsCallback(TrainerCallback):
+    """
+    Measures the model that an iteration made by its completions of held-out prompts. They are committed, and the next
+    iteration's game uses them.
+    """
+
+    def __init__(self, self_play: SelfPlayCallback):
+        self.self_play = self_play
+
+    def on_epoch_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        self_play, trainer = self.self_play, self.self_play.trainer
+        iteration = self_play.game.schedule.ended(state.global_step)
+        if iteration is not None:
+            training = trainer.model.training
+            pairs, _ = self_play.complete(self_play.request(iteration + 1), list(self_play.game.held_out))
+            trainer.model.eval()  # `log` would add the metrics of training
+            trainer.log(self_play.measures.of_completions(pairs))
+            trainer.model.train(training)
+
+    def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        iteration, processes = self.self_play.game.schedule.ended(state.global_step), self.self_play.processes
+        if iteration is not None and not processes.stop.signum:
+            # Those of the last model, against which nothing was played
+            processes.on_main(remove_completions, args.output_dir, iteration + 1)
 
 
 @dataclass(frozen=True)
@@ -139,7 +168,8 @@ class BestIterationCallback(TrainerCallback):
                     "`load_best_iteration_at_end` exchanges the model's weights in place, which DeepSpeed and FSDP do not "
                     "allow. Leave it unset, or train with plain data parallelism."
                 )
-            keep_base_weights(self.processes, self.trainer.model, args.output_dir)
+            with explain_write_error(args.output_dir):
+                self.trainer.save_model(str(model_dir(args.output_dir, -1)))
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if state.global_step == 0:  # so that a name that does not exist fails before anything is trained
@@ -155,8 +185,67 @@ class BestIterationCallback(TrainerCallback):
             return
         best = self.processes.on_main(self.yardstick.find_best, last)
         if args.load_best_iteration_at_end:
-            if best == -1:
-                load_base_weights(self.processes, self.trainer.model, args.output_dir)
-            else:
-                self.trainer._load_from_checkpoint(str(model_dir(args.output_dir, best)))
+            self.trainer._load_from_checkpoint(str(model_dir(args.output_dir, best)))
             self.trainer.log({"self_play/best_iteration": best})
+
+
+class IterationCallback(TrainerCallback):
+    """
+    Logs, evaluates and saves at the end of an iteration, keeps its model in `output_dir/iteration-<t>`, and ends
+    training when a signal has come.
+    """
+
+    def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, yardstick: Yardstick):
+        self.trainer, self.game, self.processes, self.yardstick = trainer, game, processes, yardstick
+
+    def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if (iteration := self.game.schedule.ended(state.global_step)) is not None:
+            self.keep(iteration)
+
+    def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        signum, _ = self.processes.stop.agree()
+        if signum:
+            self.processes.stop.signum = signum
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+        if self.game.schedule.ended(state.global_step) is not None:
+            # The end of the epoch, a moment later, logs, evaluates and saves, in this order: so the checkpoint at the
+            # boundary holds all that was measured, and is written once
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_epoch_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.game.schedule.ended(state.global_step) is not None:
+            # What was learned against this opponent is logged before the next one comes, and the next one can be made
+            # again should its completions be lost
+            control.should_log = True
+            control.should_evaluate = self.trainer.eval_dataset is not None
+            control.should_save = args.save_strategy != "no"
+
+    def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if (iteration := self.game.schedule.ended(state.global_step)) is not None:
+            self.keep(iteration)
+        elif not self.processes.stop.signum:
+            logger.warning(
+                f"Training ended at step {state.global_step}, in the middle of iteration {self.game.iteration}, whose "
+                "model is not kept as an iteration."
+            )
+
+    def keep(self, iteration: int):
+        """Keeps the model that an iteration made, with its record and model card."""
+        trainer, args = self.trainer, self.trainer.args
+        check_finite_weights(trainer.model, trainer.state.global_step, iteration)
+        directory = model_dir(args.output_dir, iteration)
+        with explain_write_error(directory):
+            trainer.save_model(str(directory))
+        if trainer.is_world_process_zero():
+            manifest = read_manifest(args.output_dir, iteration)
+            logs = last_logs(trainer.state.log_history, self.game.schedule.starts[iteration])
+            settings = ("beta", "learning_rate", "num_train_epochs")
+            settings = {name: args.per_iteration(name)[iteration] for name in settings}
+            record = {"iteration": iteration, **manifest["metrics"], **logs, **settings}
+            verdict = self.yardstick.judge(iteration, logs)[1]
+            write_json(directory / RECORD, record | {"warnings": manifest["warnings"], "verdict": verdict})
+            name = args.hub_model_id or Path(args.output_dir).name
+            trainer.create_model_card(model_name=f"{name.split('/')[-1]}-iteration-{iteration}")
+            shutil.copy(Path(args.output_dir) / "README.md", directory / "README.md")
+        trainer.accelerator.wait_for_everyone()
