@@ -15,7 +15,6 @@
 """The objectives in the trainer: what they are given, what they are combined with, and what is refused."""
 
 import math
-
 from functools import partial
 
 import pytest
@@ -43,7 +42,9 @@ def log_ratios(trainer, row):
 def assert_objective(trainer, loss, beta):
     """The trainer minimizes this function of the log-ratios."""
     rows = [trainer.game.train[i] for i in range(4)]
-    assert_loss_and_gradient(trainer, rows, torch.stack([loss(*log_ratios(trainer, row), beta) for row in rows]).mean())
+    assert_loss_and_gradient(
+        trainer, rows, torch.stack([loss(*log_ratios(trainer, row), beta) for row in rows]).mean()
+    )
 
 
 @pytest.mark.parametrize("loss_type", OWN)
