@@ -112,6 +112,22 @@ def test_sft_anchor_with_weights_per_iteration(tmp_path):
     assert_loss_and_gradient(trainer, rows, torch.stack(losses).sum())
 
 
+def test_pairs_that_are_not_played_count_in_the_sft_anchor_but_have_no_gradient(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, num_self_play_iterations=1, sft_weight=2.0, learning_rate=1e-4)
+    trainer.train()
+    game = trainer.game.train
+    rows = [game[0], game[1], game[2], as_preference({**game.pairs[0][6], "played": False})]
+    assert len(rows[3]["chosen_ids"]) > len(rows[0]["chosen_ids"])
+    losses, num_tokens = [], sum(len(row["chosen_ids"]) for row in rows)
+    for row in rows:
+        real, generated = side_logps(trainer.model, row, "chosen", "rejected")
+        margin = real - row["ref_chosen_logps"] - generated + row["ref_rejected_logps"]
+        losses.append(torch.log1p(torch.exp(-margin)) / 4 - 2 * real / num_tokens)
+    losses[3] = losses[3].detach()
+    monkeypatch.setattr(GameDataset, "all_played", False)
+    assert_loss_and_gradient(trainer, rows, torch.stack(losses).sum())
+
+
 def test_combinations(tmp_path):
     trainer = make_trainer(tmp_path, num_self_play_iterations=1, loss_type=["space", "hinge"], loss_weights=[0.5, 2.0])
     trainer.train()
