@@ -35,6 +35,10 @@ from .spin_config import SPINConfig
 logger = get_logger(__name__)
 
 
+# Summed log-probs of the real and of the generated completions of some pairs, see [`~pairs.as_preference`]
+LogProbs = Callable[[list[dict[str, Any]]], tuple[torch.Tensor, torch.Tensor]]
+
+
 def row_seed(*position: Any) -> int:
     """
     Seed of a row's sample, 63 bits: a function of its position (seed of the run, iteration, name of the dataset, index
@@ -97,19 +101,13 @@ def check_played(pairs: Dataset, rules: Rules, iteration: int):
     )
 
 
-def score(
-    logps_of: Callable[[list[dict[str, Any]]], tuple[torch.Tensor, torch.Tensor]],
-    processes: Processes,
-    pairs: Dataset,
-    name: str,
-    batch_size: int,
-) -> Dataset:
+def score(logps_of: LogProbs, processes: Processes, pairs: Dataset, name: str, batch_size: int) -> Dataset:
     """
     The reference scores all pairs of a dataset.
 
     Args:
         logps_of (`Callable`):
-            Summed log-probs of the real and of the generated completions of some pairs, see [`~pairs.as_preference`].
+            The reference.
         processes ([`~run.processes.Processes`]):
             Processes that share the work.
         pairs ([`~datasets.Dataset`]):

@@ -85,9 +85,12 @@ class Yardstick:
     def greater_is_better(self) -> bool:
         return "completions/" in self.name
 
-    def value(self, metrics: dict[str, float], at_start: bool = False) -> float | None:
-        """The number, of a finished iteration or, `at_start`, of the game of iteration 0."""
-        key = self.name.replace("nll/real", "self_play/nll_real") if at_start else self.name
+    def value_at_start(self) -> float | None:
+        """The number of the model that self-play started from."""
+        metrics, key = (
+            read_manifest(self.output_dir, 0)["metrics"],
+            self.name.replace("nll/real", "self_play/nll_real"),
+        )
         if key not in metrics and self.decides:
             known = sorted(key.replace("self_play/nll_real", "nll/real") for key in metrics if key.startswith("eval_"))
             known = [key for key in known if key.endswith("nll/real") or "completions/" in key]
@@ -96,19 +99,15 @@ class Yardstick:
             )
         return metrics.get(key)
 
-    def value_at_start(self) -> float | None:
-        """The number of the model that self-play started from."""
-        manifest = read_manifest(self.output_dir, 0)
-        return None if manifest is None else self.value(manifest["metrics"], at_start=True)
-
     def values(self, last: int) -> dict[int, float]:
         """The numbers up to an iteration, as far as they were measured and their folders are there."""
-        records = {record["iteration"]: self.value(record) for record in read_records(self.output_dir, last + 1)}
-        return {t: value for t, value in ({-1: self.value_at_start()} | records).items() if value is not None}
+        values = {} if read_manifest(self.output_dir, 0) is None else {-1: self.value_at_start()}
+        values |= {record["iteration"]: record.get(self.name) for record in read_records(self.output_dir, last + 1)}
+        return {iteration: value for iteration, value in values.items() if value is not None}
 
     def judge(self, iteration: int, logs: dict[str, float]) -> tuple[bool, str | None]:
         """Whether an iteration that has ended is no worse than what it began with, and the verdict in words."""
-        before, after = self.values(iteration - 1).get(iteration - 1), self.value(logs)
+        before, after = self.values(iteration - 1).get(iteration - 1), logs.get(self.name)
         if before is None or after is None:
             return True, None
         return judge(before, after, self.name, self.greater_is_better)

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 
 from .pairs import Game
 from .report.signals import proportion_interval
+from .spin_config import SPINConfig
 
 
 class StepMonitor:
@@ -34,12 +35,17 @@ class StepMonitor:
             Game.
         metrics (`dict[str, dict[str, list[float]]]`):
             DPOTrainer's metrics since the last log, by mode.
-        tolerance (`float`):
-            See `initial_loss_tolerance` in [`SPINConfig`].
+        args ([`SPINConfig`]):
+            `beta` and `initial_loss_tolerance`.
+        exact (`bool`):
+            Whether everything is computed in float32.
     """
 
-    def __init__(self, accelerator: Accelerator, game: Game, metrics: dict, tolerance: float):
-        self.accelerator, self.game, self.metrics, self.tolerance = accelerator, game, metrics, tolerance
+    def __init__(self, accelerator: Accelerator, game: Game, metrics: dict, args: SPINConfig, exact: bool):
+        self.accelerator, self.game, self.metrics, self.args = accelerator, game, metrics, args
+        self.tolerance = args.initial_loss_tolerance
+        if self.tolerance is None:
+            self.tolerance = 1e-3 if exact else 0.1
         self._real = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # NLL and number of tokens of the real completions
         self._margins: list[float] = []  # of the evaluation
 
@@ -47,15 +53,7 @@ class StepMonitor:
         """Forgets what was measured since the last log, in `"train"` or `"eval"`."""
         self._real[mode] = [0.0, 0.0]
 
-    def step(
-        self,
-        mode: str,
-        step: int,
-        loss: torch.Tensor,
-        logratios: tuple[torch.Tensor, torch.Tensor],
-        completion_mask: torch.Tensor,
-        beta: float,
-    ):
+    def step(self, mode: str, step: int, loss: torch.Tensor, logratios: tuple, completion_mask: torch.Tensor):
         """
         Takes a step into account. Raises a `ValueError` if its loss is not finite, or not ℓ(0) where it has to be.
 
@@ -70,8 +68,6 @@ class StepMonitor:
                 Log-ratios to the reference of the real and of the generated completions, of shape (batch,).
             completion_mask (`torch.Tensor`):
                 1 at tokens of completions, of shape (2 * batch, seq_len): first the real, then the generated ones.
-            beta (`float`):
-                λ.
         """
         metrics = self.metrics[mode]
         num_real, num_generated = (mask.sum(dim=1) for mask in completion_mask.chunk(2, dim=0))
@@ -89,13 +85,13 @@ class StepMonitor:
         self._real[mode][0] -= logps["chosen"] * len(num_real)
         self._real[mode][1] += num_real.sum().item()
         if mode == "eval":
+            beta = self.args.per_iteration("beta")[self.game.iteration]
             self._margins += (beta * (real - generated)).tolist()
         elif self.game.at_start:
             metrics["self_play/initial_loss"].append(losses.mean().item())
             # Rounding errors of the tokens add up to about the square root of their number
             drift = [
-                (real.mean() / num_real.mean().sqrt()).item(),
-                (generated.mean() / num_generated.mean().sqrt()).item(),
+                (side.mean() / n.mean().sqrt()).item() for side, n in ((real, num_real), (generated, num_generated))
             ]
             self._check_start(losses.mean().item(), *drift)
             self.game.at_start = False

@@ -142,7 +142,6 @@ class SPINTrainer(SharedPrefixDPOTrainer):
     """
 
     _tag_names = ["trl", "spin"]
-    _name = "SPIN"
 
     def __init__(
         self,
@@ -211,10 +210,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         engine_class.check(args, self.model)
         prepare_model(self.model, args)
         self.data_collator = PairCollator(self.data_collator)
-        tolerance = args.initial_loss_tolerance
-        if tolerance is None:
-            tolerance = 1e-3 if self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32 else 0.1
-        self.monitor = StepMonitor(self.accelerator, self.game, self._metrics, tolerance)
+        exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
+        self.monitor = StepMonitor(self.accelerator, self.game, self._metrics, args, exact)
         self.processes = Processes(self.accelerator, StopSignal(self.accelerator), args.disable_tqdm)
         self.checkpoints = Checkpoints(self.accelerator)
         self._start_fingerprint = weights_fingerprint(self.accelerator, self.model)
@@ -271,7 +268,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             # Same mean over the whole batch, and same gradient, as if the unplayed pairs had gone through the model
             loss = share * loss + (1 - share) * self.losses.at_zero(beta)
 
-        self.monitor.step(mode, self.state.global_step, loss, (real, generated), inputs["completion_mask"], beta)
+        self.monitor.step(mode, self.state.global_step, loss, (real, generated), inputs["completion_mask"])
         return (loss, outputs) if return_outputs else loss
 
     def forward_pairs(self, model, played=None, **kwargs):

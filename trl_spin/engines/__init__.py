@@ -14,6 +14,7 @@
 
 """What completes the prompts, token ids in, token ids out. One file per engine: its options, its checks, its line in the plan."""
 
+from .base import ENGINES as ENGINES
 from .base import Engine as Engine
 from .base import SamplingOptions as SamplingOptions
 from .base import chosen_engine as chosen_engine

@@ -12,27 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Checkpoints: there whole or not at all, which of them stay, and which one a run goes on from."""
+"""Checkpoints that are there whole or not at all, and those of them that stay."""
 
 import os
 import shutil
-from bisect import bisect_right
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from transformers import TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
 from ..schedule import Schedule
 from ..spin_config import SPINConfig
-from .files import RECORD, explain_write_error, read_json
-from .games import find_game_fault
+from .files import explain_write_error
 
-
-logger = get_logger(__name__)
 
 _STAGING = ".saving"
 
@@ -84,68 +78,3 @@ class Checkpoints:
 
 def _step(checkpoint: str) -> int:
     return int(checkpoint.rsplit("-", 1)[1])
-
-
-def _missing_file(checkpoint: Path, num_processes: int, model_only: bool) -> str | None:
-    """What a checkpoint lacks: the Trainer would go on without the optimizer's state, in silence."""
-    names = ["trainer_state.json"]
-    if not model_only:
-        names += ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{i}.pth" for i in range(num_processes)]
-        # DeepSpeed and FSDP keep the optimizer in folders of their own
-        if not (any(checkpoint.glob("global_step*")) or any(checkpoint.glob("pytorch_model_fsdp*"))):
-            names += ["optimizer.pt", "scheduler.pt"]
-    return next((name for name in names if not (checkpoint / name).is_file()), None)
-
-
-def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_processes: int) -> str | None:
-    """
-    The newest checkpoint from which the run can go on, or the given one.
-
-    Args:
-        args ([`SPINConfig`]):
-            Options.
-        resume_from_checkpoint (`str` or `bool`):
-            Checkpoint to resume from; `True` for the newest one.
-        num_processes (`int`):
-            Number of processes.
-
-    Returns:
-        `str` or `None`: Checkpoint. `None` if there is none and the run goes on from its beginning.
-
-    Raises:
-        `ValueError`: If the given checkpoint, or all of them, cannot be used.
-    """
-    boundaries = [0, *accumulate(args.per_iteration("num_train_epochs"))]
-    candidates = [resume_from_checkpoint]
-    if resume_from_checkpoint is True:
-        candidates = reversed(sort_checkpoints(args.output_dir))
-    faults = []
-    for checkpoint in map(Path, candidates):
-        missing = _missing_file(checkpoint, num_processes, args.save_only_model)
-        fault = missing and f"{missing} is missing"
-        if fault is None:
-            epoch = read_json(checkpoint / "trainer_state.json")["epoch"]
-            if epoch > boundaries[-1]:
-                raise ValueError(
-                    f"{checkpoint} is at epoch {epoch:g}, beyond the {boundaries[-1]} epochs of "
-                    f"`num_self_play_iterations={args.num_self_play_iterations}`. Ask for at least as many iterations "
-                    "as were played, or resume from an earlier checkpoint by its path."
-                )
-            if epoch not in boundaries:  # in the middle of an iteration, whose game it needs
-                fault = find_game_fault(args.output_dir, bisect_right(boundaries, epoch) - 1)
-        if fault is None:
-            logger.info(f"Resuming from {checkpoint}.")
-            return str(checkpoint)
-        faults.append(f"{checkpoint}: {fault}.")
-        logger.warning(f"Cannot resume from {faults[-1]}")
-    finished = [path.parent.name for path in Path(args.output_dir).glob(f"iteration-*/{RECORD}")]
-    if resume_from_checkpoint is not True or finished:
-        none = f"{args.output_dir} holds none (`save_strategy={args.save_strategy.value!r}`)."
-        start_anew = f", or start a new run from the model of the last finished iteration ({', '.join(finished)})"
-        raise ValueError(
-            "There is no checkpoint to resume from.\n"
-            + "\n".join(faults or [none])
-            + f"\nRestore the files or resume from another checkpoint{start_anew if finished else ''}."
-        )
-    logger.warning(f"There is no checkpoint in {args.output_dir} yet: the run goes on from its beginning.")
-    return None

@@ -12,14 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""One job per directory, and a run that goes on only under the settings that it was begun with."""
+"""One job per directory, and a run that goes on only under the settings that it was begun with, from a whole checkpoint."""
 
 import hashlib
 import json
 import os
 import socket
+from bisect import bisect_right
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,11 @@ from accelerate.logging import get_logger
 from filelock import FileLock, Timeout
 from transformers.trainer_utils import sort_checkpoints
 
+from ..engines import ENGINES
 from ..pairs import Game
 from ..spin_config import PER_ITERATION, SPINConfig
-from .checkpoints import choose_checkpoint
-from .files import SETTINGS, read_json, write_json
-from .games import SCHEMA_VERSION, check_schema
+from .files import RECORD, SETTINGS, read_json, write_json
+from .games import SCHEMA_VERSION, check_schema, find_game_fault
 from .processes import Processes
 
 
@@ -39,8 +42,8 @@ logger = get_logger(__name__)
 
 # Options that may differ between a run and its continuation, because they do not change what is computed (up to rounding,
 # for those that set the size of a batch without gradients). Every other option is part of the contract: an option that a
-# later TRL adds is compared until it is listed here. Engines are listed as they draw from the same distribution, columns
-# as they are compared through the rows that come out, and the number of iterations as each one is compared by itself.
+# later TRL adds is compared until it is listed here. Columns are listed as they are compared through the rows that come out,
+# the number of iterations as each one is compared by itself. An engine's options are free: all draw from one distribution.
 _FREE_OPTIONS = frozenset(
     """
     output_dir resume_from_checkpoint dry_run run_name project report_to disable_tqdm do_train do_eval do_predict
@@ -60,10 +63,6 @@ _FREE_OPTIONS = frozenset(
     dataset_num_proc ddp_timeout ddp_backend torch_empty_cache_steps use_cache activation_checkpointing
     activation_checkpointing_kwargs activation_offloading gradient_checkpointing gradient_checkpointing_kwargs
     ds3_gather_for_generation generation_token_budget precompute_ref_batch_size
-
-    use_transformers_continuous_batching transformers_continuous_batching_config use_vllm vllm_mode vllm_model_impl
-    vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
-    vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size
     """.split()
 )
 
@@ -110,7 +109,9 @@ def library_versions() -> dict[str, str]:
 
 def run_settings(args: SPINConfig, **more) -> dict[str, Any]:
     """All that changes the result of a run, JSON-serializable: options, and in `more` what is not an option."""
-    settings = {name: value for name, value in args.to_dict().items() if name not in _FREE_OPTIONS} | more
+    engines = {option.name for engine in ENGINES.values() if engine.flag for option in fields(engine.Options)}
+    free = _FREE_OPTIONS | engines
+    settings = {name: value for name, value in args.to_dict().items() if name not in free} | more
     settings |= {name: args.per_iteration(name) for name in PER_ITERATION}
 
     def plain(value):
@@ -214,3 +215,68 @@ def _compare_settings(path: Path, old: dict[str, Any], new: dict[str, Any]):
             + "\n".join(changes)
             + "\nResume with the old settings, or start a new run in another `output_dir`."
         )
+
+
+def _missing_file(checkpoint: Path, num_processes: int, model_only: bool) -> str | None:
+    """What a checkpoint lacks: the Trainer would go on without the optimizer's state, in silence."""
+    names = ["trainer_state.json"]
+    if not model_only:
+        names += ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{i}.pth" for i in range(num_processes)]
+        # DeepSpeed and FSDP keep the optimizer in folders of their own
+        if not (any(checkpoint.glob("global_step*")) or any(checkpoint.glob("pytorch_model_fsdp*"))):
+            names += ["optimizer.pt", "scheduler.pt"]
+    return next((name for name in names if not (checkpoint / name).is_file()), None)
+
+
+def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_processes: int) -> str | None:
+    """
+    The newest checkpoint from which the run can go on, or the given one.
+
+    Args:
+        args ([`SPINConfig`]):
+            Options.
+        resume_from_checkpoint (`str` or `bool`):
+            Checkpoint to resume from; `True` for the newest one.
+        num_processes (`int`):
+            Number of processes.
+
+    Returns:
+        `str` or `None`: Checkpoint. `None` if there is none and the run goes on from its beginning.
+
+    Raises:
+        `ValueError`: If the given checkpoint, or all of them, cannot be used.
+    """
+    boundaries = [0, *accumulate(args.per_iteration("num_train_epochs"))]
+    candidates = [resume_from_checkpoint]
+    if resume_from_checkpoint is True:
+        candidates = reversed(sort_checkpoints(args.output_dir))
+    faults = []
+    for checkpoint in map(Path, candidates):
+        missing = _missing_file(checkpoint, num_processes, args.save_only_model)
+        fault = missing and f"{missing} is missing"
+        if fault is None:
+            epoch = read_json(checkpoint / "trainer_state.json")["epoch"]
+            if epoch > boundaries[-1]:
+                raise ValueError(
+                    f"{checkpoint} is at epoch {epoch:g}, beyond the {boundaries[-1]} epochs of "
+                    f"`num_self_play_iterations={args.num_self_play_iterations}`. Ask for at least as many iterations "
+                    "as were played, or resume from an earlier checkpoint by its path."
+                )
+            if epoch not in boundaries:  # in the middle of an iteration, whose game it needs
+                fault = find_game_fault(args.output_dir, bisect_right(boundaries, epoch) - 1)
+        if fault is None:
+            logger.info(f"Resuming from {checkpoint}.")
+            return str(checkpoint)
+        faults.append(f"{checkpoint}: {fault}.")
+        logger.warning(f"Cannot resume from {faults[-1]}")
+    finished = [path.parent.name for path in Path(args.output_dir).glob(f"iteration-*/{RECORD}")]
+    if resume_from_checkpoint is not True or finished:
+        none = f"{args.output_dir} holds none (`save_strategy={args.save_strategy.value!r}`)."
+        start_anew = f", or start a new run from the model of the last finished iteration ({', '.join(finished)})"
+        raise ValueError(
+            "There is no checkpoint to resume from.\n"
+            + "\n".join(faults or [none])
+            + f"\nRestore the files or resume from another checkpoint{start_anew if finished else ''}."
+        )
+    logger.warning(f"There is no checkpoint in {args.output_dir} yet: the run goes on from its beginning.")
+    return None
