@@ -101,7 +101,7 @@ def make_dataset(num_rows: int = 12) -> Dataset:
     return Dataset.from_dict({"messages": rows})
 
 
-def make_args(output_dir, **kwargs) -> SPINConfig:
+def make_args(output_dir, config=None, **kwargs) -> SPINConfig:
     defaults = {
         "output_dir": str(output_dir),
         "use_cpu": True,
@@ -118,7 +118,8 @@ def make_args(output_dir, **kwargs) -> SPINConfig:
         "disable_tqdm": True,
         "write_report": False,  # which takes longer than such a run
     }
-    return (ScriptedConfig if "use_script" in kwargs else SPINConfig)(**(defaults | kwargs))
+    config = config or (ScriptedConfig if "use_script" in kwargs else SPINConfig)
+    return config(**(defaults | kwargs))
 
 
 class Scripted(Engine):

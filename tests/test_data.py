@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from trl_spin import SPINTrainer
 from trl_spin.data import find_end_token_ids, prepare_dataset
-from trl_spin.game import PAIR_FEATURES, load_game, store_game
+from trl_spin.pairs import PAIR_FEATURES
+from trl_spin.run.games import load_game, store_game
 
 
 # Templates of different shapes. "</s>"-like tokens here are `<turn>`, `</turn>`, `<eos>`.
@@ -34,22 +35,22 @@ SYSTEM_IN_FIRST_TURN = (  # as Gemma and Llama 2
     "{% if add_generation_prompt %}<turn>model\n{% endif %}"
 )
 NO_GENERATION_PROMPT = "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }}<eos>\n{% endfor %}"
-EMPTY_THINKING = (  # as Gemma 4: the generation prompt ends with a block that is not written before an answer
+EMPTY_THINKING = (  # as Gemma 4: the generation prompt ends with a block that is not written before a completion
     "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}</turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<turn>assistant\n<think></think>{% endif %}"
 )
-THINKING_IN_ANSWER = (  # as Qwen 3: the block belongs to the answer
+THINKING_IN_COMPLETION = (  # as Qwen 3: the block belongs to the completion
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEMPLATES = {  # name: (template, eos token, how an answer "Blue." is trained on)
+TEMPLATES = {  # name: (template, eos token, how a completion "Blue." is trained on)
     "chatml": (CHATML, "<|im_end|>", "Blue.<|im_end|>"),
     "end_token_is_not_eos": (CHATML, "<eos>", "Blue.<|im_end|>"),
     "system_in_first_turn": (SYSTEM_IN_FIRST_TURN, "<eos>", "Blue.</turn>"),
     "no_generation_prompt": (NO_GENERATION_PROMPT, "<eos>", "ASSISTANT: Blue.<eos>"),
     "empty_thinking": (EMPTY_THINKING, "</turn>", "Blue.</turn>"),
-    "thinking_in_answer": (THINKING_IN_ANSWER, "<|im_end|>", "<think>\n\n</think>\n\nBlue.<|im_end|>"),
+    "thinking_in_completion": (THINKING_IN_COMPLETION, "<|im_end|>", "<think>\n\n</think>\n\nBlue.<|im_end|>"),
 }
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Sky?"}
@@ -77,7 +78,7 @@ def decode(tokenizer, row):
         {"real": [USER, ASSISTANT], "generated": [USER, {"role": "assistant", "content": "Red."}]},
         {"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Blue."}]},
         {"prompt": "ignored", "prompt_id": "1", "messages": [USER, ASSISTANT]},  # UltraChat
-        {"messages": [USER, ASSISTANT, USER]},  # what follows the last answer is not needed
+        {"messages": [USER, ASSISTANT, USER]},  # what follows the last completion is not needed
     ],
     ids=["messages", "pair", "preference", "implicit preference", "official", "sharegpt", "ultrachat", "open end"],
 )
@@ -131,17 +132,17 @@ def test_generation_and_training_see_the_same_prompt_and_one_end_token(name, tmp
         processing_class=tokenizer,
     )
     trainer.train()
-    for pair in trainer.games["train"].pairs[0]:
+    for pair in trainer.game.train.pairs[0]:
         messages = dataset[pair["row"]]["messages"]
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
-        # `prompt_ids` of a pair is what `generate` returned before the answer, `rows` is what is trained on
+        # `prompt_ids` of a pair is what the opponent completed
         assert pair["prompt_ids"] == prompt
         assert tokenizer.decode(pair["real_ids"]) == expected
-        ends = [token for token in pair["generated_ids"] if token in trainer.end_token_ids]
+        ends = [token for token in pair["generated_ids"] if token in trainer.game.rules.end_token_ids]
         assert ends == ([] if pair["truncated"] else pair["generated_ids"][-1:])
-        assert sum(token in trainer.end_token_ids for token in pair["real_ids"]) == 1
-    item = trainer.games["train"][0]
-    assert item["prompt_ids"] == trainer.games["train"].pairs[0][0]["prompt_ids"]
+        assert sum(token in trainer.game.rules.end_token_ids for token in pair["real_ids"]) == 1
+    item = trainer.game.train[0]
+    assert item["prompt_ids"] == trainer.game.train.pairs[0][0]["prompt_ids"]
 
 
 def test_a_subset_keeps_the_rows_numbers(tokenizer, tmp_path):
@@ -152,7 +153,7 @@ def test_a_subset_keeps_the_rows_numbers(tokenizer, tmp_path):
         train_dataset=dataset,
         processing_class=tokenizer,
     )
-    rows = trainer.games["train"].rows
+    rows = trainer.game.train.rows
     assert len(set(rows["row"])) == len(rows) == 8 and max(rows["row"]) >= 8
     for row in rows:
         assert tokenizer.decode(row["real_ids"]) == dataset[row["row"]]["messages"][1]["content"] + "<|im_end|>"
@@ -225,7 +226,7 @@ def test_faults_of_the_tokenizer_and_of_the_columns():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         prepare(make_dataset(2), tokenizer)
-    # A template that writes the date of the answer into the prompt, say: the answer cannot be placed after the prompt
+    # A template that writes the number of messages into the prompt, say: the completion cannot be placed after it
     unstable = make_tokenizer("{{ messages | length }}" + CHATML)
     with pytest.raises(ValueError, match="Row 0 .*renders the prompt differently"):
         prepare(make_dataset(2), unstable)
@@ -274,7 +275,6 @@ def test_any_conversation_keeps_the_invariants(name, conversations):
                 **row,
                 **dict.fromkeys(("truncated", "empty", "identical", "played"), False),
                 **{"opponent": 0, "generated_ids": [], "ref_real_logps": 0.0, "ref_generated_logps": 0.0},
-                **{"base_real_logps": None, "base_generated_logps": None},
             }
             for row in prepared
         ],

@@ -399,7 +399,7 @@ def test_logits_of_the_padded_batch_for_compute_metrics(tmp_path):
     assert trainer.shares_prefix
     longest = max(
         len(pair["prompt_ids"]) + max(len(pair["real_ids"]), len(pair["generated_ids"]))
-        for pair in trainer.games["eval"].pairs[0]
+        for pair in trainer.game.datasets["eval"].pairs[0]
     )
     assert shapes[-1] == (8, longest, len(trainer.processing_class))
 
@@ -418,7 +418,7 @@ def test_a_mixture_of_experts_falls_back_where_its_router_is_trained(tmp_path, c
 
 
 def ultrachat_lengths(num_rows, seed=0):
-    """Prompts, real and generated answers as long as in UltraChat, roughly."""
+    """Prompts, real and generated completions as long as in UltraChat, roughly."""
     rng = np.random.default_rng(seed)
     prompt = np.clip(rng.lognormal(np.log(130), 0.95, num_rows), 1, 512).astype(int)
     real = np.minimum(np.clip(rng.lognormal(np.log(260), 0.55, num_rows), 1, None).astype(int), 1024 - prompt)
@@ -444,15 +444,17 @@ def test_order_of_the_rows(num_rows, step_size):
         assert first.mean() == pytest.approx(second.mean(), rel=0.1)
 
 
-def test_lengths_are_those_of_the_turn(tmp_path):
+def test_lengths_are_those_of_the_epoch(tmp_path):
     trainer = make_trainer(tmp_path, opponent_history=1, truncated_completions="drop")
     trainer.train()
-    game = trainer.games["train"]
+    game = trainer.game.train
     assert len(game.pairs) == 2 and not all(game.pairs[0]["played"])
-    for game.turn in (0, 1):
+    epochs = []
+    for game.epoch in (0, 1):
         rows = [game[i] for i in range(len(game))]
-        lengths = [sum(len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")) for row in rows]
-        assert game.lengths().tolist() == lengths
+        epochs.append([sum(len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")) for row in rows])
+        assert game.lengths().tolist() == epochs[-1]
+    assert epochs[0] != epochs[1]
 
 
 def test_batches_are_grouped_and_the_longest_comes_first(tmp_path):
@@ -465,7 +467,7 @@ def test_batches_are_grouped_and_the_longest_comes_first(tmp_path):
         compute_loss = trainer.compute_loss
 
         def watch(model, inputs, *args, **kwargs):
-            if torch.is_grad_enabled():  # not the rehearsal
+            if torch.is_grad_enabled():  # not the trial run
                 batches.append(inputs["attention_mask"].sum(dim=1).reshape(2, -1).sum(dim=0).tolist())
             return compute_loss(model, inputs, *args, **kwargs)
 
@@ -484,7 +486,7 @@ def test_batches_are_grouped_and_the_longest_comes_first(tmp_path):
 
 
 def test_short_rows_stay_mixed():
-    """Answers that were cut short are spread over the steps, as in a random order."""
+    """Completions that were cut short are spread over the steps, as in a random order."""
     lengths = np.full(6400, 24)
     lengths[:320] = 20
     order = np.array(list(LengthGroupedSampler(6400, lambda: lengths, 64, seed=0, epoch=lambda: 0)))

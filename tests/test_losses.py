@@ -15,152 +15,82 @@
 """The objectives in the trainer: what they are given, what they are combined with, and what is refused."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from conftest import assert_loss_and_gradient, first_losses, logp, make_args, make_model, make_trainer
-from peft import LoraConfig
+from conftest import Scripted, assert_loss_and_gradient, first_losses, logp, make_args, make_trainer
 from transformers import TrainerCallback
 
-from trl_spin.game import load_game
-from trl_spin.objectives import MARGIN_LOSSES, OBJECTIVES, t_spin
-from trl_spin.spin_config import TRL_LOSSES
+from trl_spin.objectives import OBJECTIVES, TRL_LOSSES, objective
+from trl_spin.pairs import GameDataset, as_preference
 
 
-OWN = sorted(OBJECTIVES.keys() - TRL_LOSSES)
-OPTIONS = {"space": {"space_mu": 2.0}, "gsil_brier": {"gsil_shift": 0.5}}
+OWN = sorted(OBJECTIVES.keys() - TRL_LOSSES.keys())
+OPTIONS = {"space": {"space_mu": 2.0}}
 
 
 def side_logps(model, row, *sides):
     return [logp(model, row["prompt_ids"], row[f"{side}_ids"]) for side in sides]
 
 
+def log_ratios(trainer, row):
+    real, generated = side_logps(trainer.model, row, "chosen", "rejected")
+    return real - row["ref_chosen_logps"], generated - row["ref_rejected_logps"]
+
+
+def assert_objective(trainer, loss, beta):
+    """The trainer minimizes this function of the log-ratios."""
+    rows = [trainer.game.train[i] for i in range(4)]
+    assert_loss_and_gradient(
+        trainer, rows, torch.stack([loss(*log_ratios(trainer, row), beta) for row in rows]).mean()
+    )
+
+
 @pytest.mark.parametrize("loss_type", OWN)
 def test_each_objective_is_its_function_of_the_log_ratios(tmp_path, loss_type):
-    options = OPTIONS.get(loss_type, {})
+    options, registered = OPTIONS.get(loss_type, {}), OBJECTIVES[loss_type]
     trainer = make_trainer(tmp_path, loss_type=loss_type, beta=0.5, learning_rate=1e-4, **options)
     trainer.train()
-    arguments = {name.split("_")[1]: value for name, value in options.items()}
+    loss = partial(registered.loss, **{argument: options[name] for argument, name in registered.options.items()})
     zero = torch.zeros(1)
-    at_zero = OBJECTIVES[loss_type](zero, zero, 0.5, **arguments).item()
-    assert first_losses(trainer) == [pytest.approx(at_zero, abs=1e-4)] * 2
-    rows = [trainer.games["train"][i] for i in range(4)]
-    losses = []
-    for row in rows:
-        real, generated = side_logps(trainer.model, row, "chosen", "rejected")
-        losses.append(
-            OBJECTIVES[loss_type](
-                real - row["ref_chosen_logps"], generated - row["ref_rejected_logps"], 0.5, **arguments
-            )
-        )
-    assert_loss_and_gradient(trainer, rows, torch.stack(losses).mean())
+    assert first_losses(trainer) == [pytest.approx(loss(zero, zero, 0.5).item(), abs=1e-4)] * 2
+    assert_objective(trainer, loss, 0.5)
     logs = next(logs for logs in trainer.state.log_history if "loss" in logs)
-    # Metrics of an objective are logged for it alone
-    assert ("objective/real_accuracies" in logs) == (loss_type not in MARGIN_LOSSES)
-    assert "objective/history_margins" not in logs
+    # Each side has a value of its own where the loss is not of the margin
+    assert ("objective/real_accuracies" in logs) == (not registered.of_margin)
 
 
 @pytest.mark.parametrize("loss_type", ["space", "bco_pair", "exponential"])
-def test_pairs_that_are_not_played_have_no_gradient_under_any_loss(tmp_path, loss_type):
+def test_pairs_that_are_not_played_have_no_gradient_under_any_loss(tmp_path, monkeypatch, loss_type):
     trainer = make_trainer(tmp_path, num_self_play_iterations=1, loss_type=loss_type, beta=0.5, learning_rate=1e-3)
     trainer.train()
-    game = trainer.games["train"]
-    unplayed = {**game.pairs[0][3], "played": False}
+    game, loss = trainer.game.train, OBJECTIVES["space" if loss_type == "bco_pair" else loss_type].loss
+    unplayed = as_preference({**game.pairs[0][3], "played": False})
     played = [game[i] for i in range(3)]
-    losses = []
-    for row in played:
-        real, generated = side_logps(trainer.model, row, "chosen", "rejected")
-        ratios = real - row["ref_chosen_logps"], generated - row["ref_rejected_logps"]
-        losses.append(OBJECTIVES["space" if loss_type == "bco_pair" else loss_type](*ratios, 0.5))
+    losses = [loss(*log_ratios(trainer, row), 0.5) for row in played]
     # The loss of the unplayed pair is a constant
-    real, _ = side_logps(trainer.model, game.serve(unplayed), "chosen", "rejected")
-    ratio = (real - unplayed["ref_real_logps"]).detach()
-    losses.append(OBJECTIVES["space" if loss_type == "bco_pair" else loss_type](ratio, ratio, 0.5))
-    trainer._skip_unplayed = False
-    assert_loss_and_gradient(trainer, [*played, game.serve(unplayed)], torch.stack(losses).mean())
+    ratio = log_ratios(trainer, unplayed)[0].detach()
+    losses.append(loss(ratio, ratio, 0.5))
+    monkeypatch.setattr(GameDataset, "all_played", True)  # it goes through the model
+    assert_loss_and_gradient(trainer, [*played, unplayed], torch.stack(losses).mean())
 
 
-def test_identical_answers_are_played_where_they_have_a_gradient(tmp_path, monkeypatch):
-    def identical(trainer):
-        real = trainer.games["train"].rows["real_ids"][:]
-
-        def generate(*args, prompts, **kwargs):
-            answers = [real[0]] + [[5, 6, i, trainer.processing_class.eos_token_id] for i in range(1, len(prompts))]
-            return [
-                {"prompt_ids": p, "generated_ids": a, "truncated": False}
-                for p, a in zip(prompts, answers, strict=True)
-            ]
-
-        monkeypatch.setattr("trl_spin.callbacks.generate", generate)
-        trainer.train()
-        return trainer.games["train"].pairs[0]["played"][0]
-
-    assert identical(make_trainer(tmp_path / "space", num_self_play_iterations=1, loss_type="space"))
-    assert not identical(make_trainer(tmp_path / "sigmoid", num_self_play_iterations=1))
-
-
-def test_t_spin_plays_triplets_with_the_answers_of_iteration_0(tmp_path):
-    trainer = make_trainer(
-        tmp_path, loss_type="t_spin", beta=1.0, t_spin_history_weight=0.3, learning_rate=1e-4, opponent_history=1
-    )
+def play_an_identical_pair(tmp_path, monkeypatch, **kwargs):
+    """A run in which the opponent writes the first real completion as it is, and something else in its other rows."""
+    trainer = make_trainer(tmp_path, num_self_play_iterations=1, use_script=True, **kwargs)
+    real, end = trainer.game.train.rows[0]["real_ids"], trainer.processing_class.eos_token_id
+    others = [[5, 6, i, end] for i in range(1, len(trainer.game.train))]
+    monkeypatch.setattr(Scripted, "script", staticmethod(lambda prompts: [real, *others][: len(prompts)]))
     trainer.train()
-    first = load_game(str(tmp_path), 0)["train"]
-    rows = [trainer.games["train"][i] for i in range(4)]
-    assert [row["proto_ids"] for row in rows] == first["generated_ids"][:4]
-    assert any(row["proto_ids"] != row["rejected_ids"] for row in rows)
-    losses = [t_spin(*side_logps(trainer.model, row, "chosen", "rejected", "proto"), 1.0, 0.3) for row in rows]
-    assert_loss_and_gradient(trainer, rows, torch.stack(losses).mean())
-    logs = [logs for logs in trainer.state.log_history if "objective/history_margins" in logs]
-    assert logs[0]["objective/history_margins"] == 0  # in iteration 0, both answers are one
-    assert logs[-1]["objective/history_margins"] != 0
+    return trainer
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_alpha_spin_mixes_opponent_and_base_model(tmp_path, kind):
-    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if kind == "lora" else None
-    trainer = make_trainer(tmp_path, reference_alpha=0.25, beta=1.0, learning_rate=1e-2, peft_config=lora)
-    trainer.train()
-    base = make_model(trainer.processing_class)  # adapters start as nothing
-    pairs = load_game(str(tmp_path), 1)["train"]
-    for pair in pairs.select(range(4)):
-        for side in ("real", "generated"):
-            expected = logp(base, pair["prompt_ids"], pair[f"{side}_ids"]).item()
-            assert pair[f"base_{side}_logps"] == pytest.approx(expected, abs=1e-3)
-            assert abs(pair[f"ref_{side}_logps"] - expected) > 1e-2
-    rows = [trainer.games["train"][i] for i in range(4)]
-    losses = []
-    for row in rows:
-        real, generated = side_logps(trainer.model, row, "chosen", "rejected")
-        real_ref, generated_ref = (
-            0.25 * row[f"ref_{side}_logps"] + 0.75 * row[f"base_{side}_logps"] for side in ("chosen", "rejected")
-        )
-        losses.append(torch.log1p(torch.exp(-((real - real_ref) - (generated - generated_ref)))))
-    assert_loss_and_gradient(trainer, rows, torch.stack(losses).mean())
-    assert first_losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
-    assert first_losses(trainer)[1] != pytest.approx(math.log(2), abs=1e-2)  # the opponent is not the reference
-
-
-def test_alpha_1_is_spin_and_a_resumed_alpha_spin_is_the_same_run(tmp_path):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 2
-
-    options = {"reference_alpha": 0.5, "save_strategy": "steps", "save_steps": 1}
-    straight, plain = make_trainer(tmp_path / "straight", **options), make_trainer(tmp_path / "plain")
-    straight.train()
-    make_trainer(tmp_path / "resumed", callbacks=[Stop()], **options).train()
-    resumed = make_trainer(tmp_path / "resumed", **options)
-    resumed.train(resume_from_checkpoint=True)
-    plain.train()
-    almost = make_trainer(tmp_path / "one", reference_alpha=1 - 1e-12)
-    almost.train()
-    for (name, p), q in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(p, q), name
-    for (name, p), q in zip(plain.model.named_parameters(), almost.model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, msg=name)
-    assert any(
-        not torch.equal(p, q) for p, q in zip(plain.model.parameters(), straight.model.parameters(), strict=True)
-    )
+def test_identical_completions_are_played_where_they_have_a_gradient(tmp_path, monkeypatch):
+    for loss_type, played in (("space", True), ("sigmoid", False)):
+        trainer = play_an_identical_pair(tmp_path / loss_type, monkeypatch, loss_type=loss_type)
+        assert trainer.game.train.pairs[0]["identical"][0]
+        assert trainer.game.train.pairs[0]["played"][0] == played
 
 
 def test_sft_anchor_with_weights_per_iteration(tmp_path):
@@ -173,12 +103,28 @@ def test_sft_anchor_with_weights_per_iteration(tmp_path):
         pytest.approx(math.log(2), abs=1e-4),
         pytest.approx(math.log(2) + 2 * nll, abs=1e-3),
     ]
-    rows = [trainer.games["train"][i] for i in range(4)]
+    rows = [trainer.game.train[i] for i in range(4)]
     losses, tokens = [], sum(len(row["chosen_ids"]) for row in rows)
     for row in rows:
         real, generated = side_logps(trainer.model, row, "chosen", "rejected")
         margin = 0.5 * (real - row["ref_chosen_logps"] - generated + row["ref_rejected_logps"])
         losses.append(torch.log1p(torch.exp(-margin)) / 4 - 2 * real / tokens)
+    assert_loss_and_gradient(trainer, rows, torch.stack(losses).sum())
+
+
+def test_pairs_that_are_not_played_count_in_the_sft_anchor_but_have_no_gradient(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, num_self_play_iterations=1, sft_weight=2.0, learning_rate=1e-4)
+    trainer.train()
+    game = trainer.game.train
+    rows = [game[0], game[1], game[2], as_preference({**game.pairs[0][6], "played": False})]
+    assert len(rows[3]["chosen_ids"]) > len(rows[0]["chosen_ids"])
+    losses, num_tokens = [], sum(len(row["chosen_ids"]) for row in rows)
+    for row in rows:
+        real, generated = side_logps(trainer.model, row, "chosen", "rejected")
+        margin = real - row["ref_chosen_logps"] - generated + row["ref_rejected_logps"]
+        losses.append(torch.log1p(torch.exp(-margin)) / 4 - 2 * real / num_tokens)
+    losses[3] = losses[3].detach()
+    monkeypatch.setattr(GameDataset, "all_played", False)
     assert_loss_and_gradient(trainer, rows, torch.stack(losses).sum())
 
 
@@ -188,7 +134,7 @@ def test_combinations(tmp_path):
     assert first_losses(trainer) == [pytest.approx(0.5 * 2 * math.log(2) + 2.0, abs=1e-4)]
 
 
-@pytest.mark.parametrize("loss_type", sorted(TRL_LOSSES - {"exo_pair", "robust"}))
+@pytest.mark.parametrize("loss_type", sorted(TRL_LOSSES.keys() - {"exo_pair", "robust"}))
 def test_losses_of_dpo_trainer_keep_their_names(tmp_path, loss_type):
     make_trainer(tmp_path, num_self_play_iterations=1, loss_type=loss_type, max_steps=1).train()
 
@@ -199,16 +145,81 @@ def test_losses_of_dpo_trainer_keep_their_names(tmp_path, loss_type):
         ({"loss_type": "exponental"}, "'exponental' is unknown. Self-play has .*'exponential'.*and of .*'ipo'"),
         ({"space_mu": 2.0}, r"`space_mu=2.0` does nothing for `loss_type=\['sigmoid'\]`"),
         ({"loss_type": "space", "space_mu": 0.0}, "must be positive, got 0.0"),
-        ({"loss_type": "space", "gsil_shift": 1.0}, "`gsil_shift=1.0` does nothing"),
-        ({"t_spin_history_weight": 0.5}, "`t_spin_history_weight=0.5` does nothing"),
         ({"label_smoothing": 0.1}, "`label_smoothing=0.1` does nothing"),
         ({"loss_type": ["sigmoid", "sft"], "sft_weight": 1.0}, "are the same anchor"),
-        ({"reference_alpha": 1.5}, "`reference_alpha` must be from 0 .* to 1, got 1.5"),
-        ({"loss_type": "space", "reference_alpha": 0.5}, "cancels only in losses of the margin"),
         ({"loss_type": "space", "use_weighting": True}, "`use_weighting` is an option of"),
-        ({"loss_type": "t_spin", "truncated_completions": "cut_real"}, "but not those of iteration 0"),
     ],
 )
 def test_options_that_do_not_apply_are_refused(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **kwargs)
+
+
+# ---- Objectives of one's own ----
+
+
+def squared(real_logratios, generated_logratios, beta, target=1.0):
+    return (target - beta * real_logratios) ** 2 + (beta * generated_logratios) ** 2
+
+
+def other(real_logratios, generated_logratios, beta):
+    return squared(real_logratios, generated_logratios, beta)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_function_of_ones_own_takes_the_place_of_loss_type(tmp_path, monkeypatch):
+    given = partial(squared, target=0.5)
+    trainer = play_an_identical_pair(tmp_path, monkeypatch, objective=given, beta=0.5, learning_rate=1e-4)
+    assert first_losses(trainer) == [pytest.approx(0.25, abs=1e-4)]
+    assert trainer.game.train.pairs[0]["identical"][0] and trainer.game.train.pairs[0]["played"][0]
+    assert_objective(trainer, given, 0.5)  # row 0, of identical completions, among them
+
+
+def test_a_function_of_ones_own_has_an_sft_anchor_if_asked(tmp_path):
+    trainer = make_trainer(tmp_path, num_self_play_iterations=1, objective=squared, sft_weight=2.0, learning_rate=1e-4)
+    trainer.train()
+    rows = [trainer.game.train[i] for i in range(4)]
+    num_tokens = sum(len(row["chosen_ids"]) for row in rows)
+    anchors = [-2 * side_logps(trainer.model, row, "chosen")[0] / num_tokens for row in rows]
+    losses = [squared(*log_ratios(trainer, row), 1.0) / 4 for row in rows]
+    assert_loss_and_gradient(trainer, rows, torch.stack(losses + anchors).sum())
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "space"}, {"use_weighting": True}], ids=str)
+def test_a_function_of_ones_own_and_an_option_in_its_place_are_refused(tmp_path, options):
+    with pytest.raises(ValueError, match="`objective` takes the place of `loss_type`"):
+        make_trainer(tmp_path, objective=squared, **options)
+
+
+def test_a_run_goes_on_with_its_own_objective_alone(tmp_path):
+    options = {"num_self_play_iterations": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    options["learning_rate"] = 1e-4
+    given = partial(squared, target=0.5)
+    make_trainer(tmp_path, objective=given, callbacks=[StopAt(1)], **options).train()
+    for changed in (None, squared, partial(squared, target=0.25), partial(other)):
+        with pytest.raises(ValueError, match=r"`objective` was .*squared.*0\.5.* and is "):
+            make_trainer(tmp_path, objective=changed, **options).train(resume_from_checkpoint=True)
+    resumed = make_trainer(tmp_path, objective=partial(squared, target=0.5), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+
+
+def test_another_objective_is_a_change_in_one_place(tmp_path, request):
+    objective("squared", target="space_mu")(squared)
+    request.addfinalizer(lambda: OBJECTIVES.pop("squared"))
+    options = {"num_self_play_iterations": 1, "beta": 0.5, "learning_rate": 1e-4}
+    trainer = make_trainer(tmp_path, loss_type="squared", space_mu=0.5, **options)
+    trainer.train()
+    assert first_losses(trainer) == [pytest.approx(0.25, abs=1e-4)]
+    assert_objective(trainer, partial(squared, target=0.5), 0.5)
+    with pytest.raises(ValueError, match=r"`space_mu=0.5` does nothing .* belongs to \['space', 'squared'\]"):
+        make_args(tmp_path, space_mu=0.5)
+    with pytest.raises(ValueError, match="`use_weighting` is an option of"):
+        make_args(tmp_path, loss_type="squared", use_weighting=True)

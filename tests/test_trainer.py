@@ -20,7 +20,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    Scripted,
     assert_loss_and_gradient,
+    callback_of,
     first_losses,
     load_in_4bit,
     logp,
@@ -40,8 +42,9 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
-from trl_spin import SPINConfig, SPINTrainer
-from trl_spin.game import load_game
+from trl_spin import SelfPlayCallback, SPINConfig, SPINTrainer
+from trl_spin.pairs import GameDataset, as_preference
+from trl_spin.run.games import load_game
 
 
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.1}
@@ -65,7 +68,7 @@ def test_loss_and_gradient_are_equation_4_7(tmp_path, beta):
     trainer = make_trainer(tmp_path, num_self_play_iterations=1, beta=beta)
     trainer.train()
     reference, policy = make_model(trainer.processing_class), trainer.model
-    rows = [trainer.games["train"][i] for i in range(4)]
+    rows = [trainer.game.train[i] for i in range(4)]
 
     expected = []
     for row in rows:
@@ -115,13 +118,13 @@ def test_iteration_0_is_dpo_trainer_on_the_same_pairs(tmp_path):
         assert torch.equal(p, q), name
 
 
-def test_an_identical_pair_has_zero_gradient_and_costs_nothing(tmp_path):
+def test_an_identical_pair_has_zero_gradient_and_costs_nothing(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, num_self_play_iterations=1)
     trainer.train()
     trainer.model.train()
-    game = trainer.games["train"]
-    identical = {**game.pairs[0][3], "played": False}
-    rows = [game[0], game.serve(identical), game[1], game.serve(identical)]
+    game = trainer.game.train
+    identical = as_preference({**game.pairs[0][3], "played": False})
+    rows = [game[0], identical, game[1], identical]
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     seen = []
     handle = trainer.model.model.register_forward_pre_hook(
@@ -129,7 +132,7 @@ def test_an_identical_pair_has_zero_gradient_and_costs_nothing(tmp_path):
     )
 
     def loss_and_gradients(skip, inputs):
-        trainer._skip_unplayed = skip
+        monkeypatch.setattr(GameDataset, "all_played", not skip)
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model, dict(inputs))
         loss.backward()
@@ -147,38 +150,31 @@ def test_an_identical_pair_has_zero_gradient_and_costs_nothing(tmp_path):
     handle.remove()
 
 
-def test_empty_and_identical_answers_are_counted_and_contribute_nothing(tmp_path, monkeypatch):
+def test_empty_and_identical_completions_are_counted_and_contribute_nothing(tmp_path, monkeypatch):
     tokenizer = make_tokenizer()
     end = tokenizer.eos_token_id
 
     def play(path, **kwargs):
-        trainer = make_trainer(path, tokenizer, num_self_play_iterations=1, **kwargs)
-        rows = trainer.games["train"].rows
-        answers = [
-            {"prompt_ids": row["prompt_ids"], "generated_ids": generated, "truncated": truncated}
-            for row, (generated, truncated) in zip(
-                rows,
-                [([end], False), (rows[1]["real_ids"], False), ([5, 6], True)] + [([7, end], False)] * 9,
-                strict=True,
-            )
-        ]
-        monkeypatch.setattr("trl_spin.callbacks.generate", lambda *a, prompts, **kw: answers[: len(prompts)])
+        trainer = make_trainer(path, tokenizer, num_self_play_iterations=1, use_script=True, **kwargs)
+        completions = [[end], trainer.game.train.rows[1]["real_ids"], [5, 6]] + [[7, end]] * 9
+        monkeypatch.setattr(Scripted, "script", staticmethod(lambda prompts: completions[: len(prompts)]))
         trainer.train()
         return trainer, trainer.state.log_history[0]
 
     trainer, logs = play(tmp_path / "default")
     shares = {k: logs[f"self_play/{k}"] for k in ("empty", "identical", "truncated", "played")}
     assert shares == {k: pytest.approx(v / 12) for k, v in zip(shares, (1, 1, 1, 10), strict=True)}
-    assert trainer.games["train"][0]["rejected_ids"] == trainer.games["train"][0]["chosen_ids"]
-    # A truncated answer stays open, a complete one has the end token that was sampled
-    assert trainer.games["train"][2]["rejected_ids"] == [5, 6]
-    assert trainer.games["train"][3]["rejected_ids"] == [7, end]
+    game = trainer.game.train
+    assert game[0]["rejected_ids"] == game[0]["chosen_ids"]
+    # A truncated completion stays open, a complete one has the end token that was sampled
+    assert game[2]["rejected_ids"] == [5, 6]
+    assert game[3]["rejected_ids"] == [7, end]
     assert first_losses(trainer) == [pytest.approx(math.log(2))]
 
     assert play(tmp_path / "empty", play_empty_completions=True)[1]["self_play/played"] == pytest.approx(11 / 12)
     assert play(tmp_path / "drop", truncated_completions="drop")[1]["self_play/played"] == pytest.approx(9 / 12)
     trainer, _ = play(tmp_path / "cut", truncated_completions="cut_real")
-    assert trainer.games["train"][2]["chosen_ids"] == trainer.games["train"].rows[2]["real_ids"][:2]
+    assert trainer.game.train[2]["chosen_ids"] == trainer.game.train.rows[2]["real_ids"][:2]
 
 
 # ---- The game, for every kind of model ----
@@ -216,7 +212,7 @@ def test_every_iteration_starts_at_ln_2_with_one_model_in_memory(played):
     tolerance = 1e-5 if kind != "qlora" else 0.01
     assert first_losses(trainer) == [pytest.approx(math.log(2), abs=tolerance)] * 3
     assert trainer.ref_model is None
-    assert trainer._shares_prefix
+    assert trainer.shares_prefix
     if kind != "full":
         assert list(trainer.model.peft_config) == ["default"]
 
@@ -242,7 +238,7 @@ def test_promotion_makes_the_trained_model_the_reference(played):
         if kind == "full":
             model = AutoModelForCausalLM.from_pretrained(directory)
         else:
-            base = load_in_4bit(trainer.base_model_id) if kind == "qlora" else make_wide_model()
+            base = load_in_4bit(trainer.game.base_model) if kind == "qlora" else make_wide_model()
             model = PeftModel.from_pretrained(base, directory)
         score = logp(model, row["prompt_ids"], row["generated_ids"]).item()
         tolerance = 0.5 if kind == "qlora" else 1e-3  # bfloat16, 0.6 off float32, against an effect of several nats
@@ -269,13 +265,13 @@ def test_each_iteration_is_kept(played):
 
 def test_a_wrong_reference_stops_the_run(tmp_path):
     trainer = make_trainer(tmp_path)
-    callback = trainer.callback_handler.callbacks[-1]
+    callback = callback_of(trainer, SelfPlayCallback)
     swap = callback.swap
 
-    def train_on_another_model(iteration, pairs):
+    def train_on_another_model(iteration, pairs, at_start):
         if iteration == 1:
             trainer.model.lm_head.weight.data.mul_(1.1)
-        swap(iteration, pairs)
+        swap(iteration, pairs, at_start)
 
     callback.swap = train_on_another_model
     with pytest.raises(ValueError, match="Iteration 1 does not start at its opponent"):
@@ -296,9 +292,14 @@ def test_a_wrong_reference_stops_the_run(tmp_path):
 def test_losses_of_dpo_trainer(tmp_path, loss_type, at_zero):
     # Some pairs are not played, which only the losses of the margin may leave out of the forward pass
     trainer = make_trainer(tmp_path, num_self_play_iterations=1, loss_type=loss_type, truncated_completions="drop")
+    rows = []
+    trainer.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])) if torch.is_grad_enabled() else None,
+        with_kwargs=True,
+    )
     trainer.train()
     assert 0 < sum(load_game(str(tmp_path), 0)["train"]["played"]) < 12
-    assert trainer._skip_unplayed == (set(loss_type) <= {"sigmoid", "hinge"})
+    assert (sum(rows) < 12) == (set(loss_type) <= {"sigmoid", "hinge"})
     assert first_losses(trainer) == [pytest.approx(at_zero, abs=1e-4)]
 
 
@@ -331,9 +332,10 @@ def test_learning_rate_and_lambda_follow_the_iteration(tmp_path):
     compute_loss = trainer.compute_loss
 
     def compute_loss_and_watch(*args, **kwargs):
-        if torch.is_grad_enabled():  # not the rehearsal
+        loss = compute_loss(*args, **kwargs)
+        if torch.is_grad_enabled():  # not the trial run
             betas.append(trainer.beta)
-        return compute_loss(*args, **kwargs)
+        return loss
 
     trainer.compute_loss = compute_loss_and_watch
     trainer.train()
@@ -373,7 +375,7 @@ def test_a_given_optimizer_follows_the_schedule(tmp_path):
 # ---- History, evaluation, resuming ----
 
 
-def test_history_keeps_answers_and_scores_them_anew(tmp_path):
+def test_history_keeps_completions_and_scores_them_anew(tmp_path):
     trainer = make_trainer(tmp_path, num_self_play_iterations=3, opponent_history=1, num_train_epochs=[1, 2])
     seen = []
     compute_loss = trainer.compute_loss
@@ -381,7 +383,7 @@ def test_history_keeps_answers_and_scores_them_anew(tmp_path):
     def watch(model, inputs, *args, **kwargs):
         _, generated = inputs["input_ids"].chunk(2)
         _, mask = inputs["attention_mask"].chunk(2)
-        if trainer.self_play_iteration == 2:
+        if trainer.game.iteration == 2:
             seen.extend(row[row_mask.bool()].tolist() for row, row_mask in zip(generated, mask, strict=True))
         return compute_loss(model, inputs, *args, **kwargs)
 
