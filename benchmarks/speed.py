@@ -241,17 +241,23 @@ def spin(watch: Watch):
     from datasets import load_dataset
 
     from trl_spin import SelfPlayCallback, SPINConfig, SPINTrainer
-    from trl_spin.game import load_game
+    from trl_spin.keeping import IterationCallback
+    from trl_spin.preflight import PreflightCallback
+    from trl_spin.run.games import load_game
+    from trl_spin.showing import ProbeCallback
 
     watch.wrap(SPINTrainer, "train", "training")
-    for name, phase in {
-        "on_train_begin": "other",
-        "on_epoch_begin": "boundary",
-        "on_train_end": "other",
-        "generate": "generation",
-        "score": "scoring",
-    }.items():
-        watch.wrap(SelfPlayCallback, name, phase)
+    for cls, name, phase in (
+        (PreflightCallback, "on_train_begin", "other"),
+        (IterationCallback, "on_epoch_begin", "other"),
+        (IterationCallback, "on_train_end", "other"),
+        (ProbeCallback, "on_epoch_begin", "other"),
+        (ProbeCallback, "on_train_end", "other"),
+        (SelfPlayCallback, "on_epoch_begin", "boundary"),
+        (SelfPlayCallback, "generate", "generation"),
+        (SelfPlayCallback, "score", "scoring"),
+    ):
+        watch.wrap(cls, name, phase)
     trainer = SPINTrainer(
         f"{args.work_dir}/model",
         args=SPINConfig(
@@ -275,13 +281,11 @@ def spin(watch: Watch):
     trainer.train()
     watch.seconds["training"] -= watch.seconds["other"] + watch.seconds["boundary"]
     for iteration in range(args.num_iterations):
-        for pair in load_game(f"{args.work_dir}/output", iteration)["train"].select(
-            range(len(trainer.games["train"]))
-        ):
+        for pair in load_game(f"{args.work_dir}/output", iteration)["train"].select(range(len(trainer.game.train))):
             watch.unique += sum(len(pair[f"{part}_ids"]) for part in ("prompt", "real", "generated"))
             watch.generated += len(pair["generated_ids"])
     num_parameters = sum(p.numel() for p in trainer.model.parameters())
-    return num_parameters, torch.get_num_threads(), trainer.args.gradient_checkpointing
+    return num_parameters, torch.get_num_threads(), trainer.model.is_activation_checkpointing
 
 
 def measure():

@@ -136,21 +136,25 @@ def test_zephyr_script(options, hub, tiny_defaults, monkeypatch):
     assert weights == {"adapter_model.safetensors" if options else "model.safetensors"}
 
 
-def test_quickstart(capsys, monkeypatch):
-    arguments = {"num_rows": 64, "num_held_out": 32, "num_self_play_iterations": 3, "num_seeds": 2}
+def test_quickstart_with_two_seeds(tiny_defaults, capsys, monkeypatch):
+    """`.ci/run` runs the quickstart as it is. Here is what it does not show: the mean over seeds, and its error."""
+    arguments = {"num_rows": 32, "num_held_out": 16, "num_self_play_iterations": 1}
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *(f"--{key}={value}" for key, value in arguments.items())])
-    runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
+    quickstart = runpy.run_path(str(ROOT / "examples" / "quickstart.py"))
+    runs = [quickstart["run"](seed) for seed in range(2)]
+    quickstart["print_table"](runs)
     table = capsys.readouterr().out.split("Held-out prompts, 2 runs")[1].splitlines()
-    header, sft, *iterations = table[2:7]
+    header, *lines = table[2:5]
     assert header.split() == (
         "valid NLL accuracy margin length real generated truncated identical | valid NLL".split()
     )
-    for line, numbers in zip([sft, *iterations], (4, 10, 10, 10), strict=True):
-        measured = [float(number) for number in re.findall(r"(-?[\d.]+) ±[\d.]+", line)]
-        assert len(measured) == numbers, line
-        assert 0 <= measured[0] <= 1 and measured[1] > 0  # share of valid answers, negative log-likelihood
-    assert iterations[2].split()[:2] == ["iteration", "2"]
-    assert table[8].startswith("Self-play took the share of valid answers from")
+    for i, (title, num_cells) in enumerate({"SFT model": 4, "iteration 0": 10}.items()):
+        assert lines[i].strip().startswith(title)
+        cells = [tuple(map(float, cell)) for cell in re.findall(r"(-?[\d.]+) ±([\d.]+)", lines[i])]
+        assert len(cells) == num_cells and 0 <= cells[0][0] <= 1
+        first, second = (rows[i]["nll"] for rows in runs)
+        assert cells[1] == pytest.approx(((first + second) / 2, abs(first - second) / 2), abs=6e-4)
+    assert table[6].startswith("Self-play took the share of valid answers from")
 
 
 def test_the_readme_is_tested():

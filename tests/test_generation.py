@@ -13,38 +13,50 @@
 # limitations under the License.
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import first_losses, load_in_4bit, make_args, make_dataset, make_model, make_tokenizer, make_trainer
+from conftest import (
+    callback_of,
+    first_losses,
+    load_in_4bit,
+    make_args,
+    make_dataset,
+    make_model,
+    make_tokenizer,
+    make_trainer,
+)
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LogitsProcessorList
 
-from trl_spin import SPINTrainer
-from trl_spin.engines import SampleByRow, sampling_processors, splitmix64
-from trl_spin.game import read_manifest
-from trl_spin.generation import even_batches, generate, length_sorted_batches, row_seed
-from trl_spin.resume import StopSignal
+from trl_spin import SelfPlayCallback
+from trl_spin.engines import ContinuousBatching, chosen_engine
+from trl_spin.engines.base import LARGE_BATCH
+from trl_spin.engines.generate import SampleByRow, length_sorted_batches, sampling_processors, splitmix64
+from trl_spin.generation import row_seed
+from trl_spin.pairs import Rules
+from trl_spin.run.games import read_manifest
+from trl_spin.run.processes import Processes, StopSignal
 
 
 CONTINUOUS = {"use_transformers_continuous_batching": True}
 
 
-def answer(model, tokenizer, prompts, tmp_path, seeds=None, max_length=None, end_token_ids=None, **kwargs):
+def complete(model, tokenizer, prompts, tmp_path, seeds=None, max_length=None, end_token_ids=None, **kwargs):
     args, accelerator = make_args(tmp_path, **{"generation_token_budget": 4096} | kwargs), Accelerator(cpu=True)
-    return generate(
-        model,
-        accelerator,
-        StopSignal(accelerator),
-        args,
-        prompts,
-        seeds or [row_seed(0, i) for i in range(len(prompts))],
+    rules = Rules(
+        tokenizer,
         end_token_ids or [tokenizer.eos_token_id],
-        tokenizer.pad_token_id,
         max_length,
-        desc="",
+        truncated="keep",
+        play_empty=False,
+        play_identical=False,
     )
+    engine = chosen_engine(args)(args, Processes(accelerator, StopSignal(accelerator), quiet=True), rules)
+    seeds = seeds or [row_seed(0, i) for i in range(len(prompts))]
+    return engine.complete(model, prompts, seeds, args.max_completion_length, desc=None)
 
 
 @pytest.fixture
@@ -94,7 +106,7 @@ def test_noise_of_rows_steps_and_tokens_is_gumbel_and_independent(tmp_path):
 
 
 def test_temperature_zero_is_greedy(model, tokenizer, prompts, tmp_path):
-    greedy = answer(model, tokenizer, prompts[:1], tmp_path, temperature=0.0)[0]["generated_ids"]
+    greedy = complete(model, tokenizer, prompts[:1], tmp_path, temperature=0.0)[0]["generated_ids"]
     ids = list(prompts[0])
     for token in greedy:
         assert model(torch.tensor([ids])).logits[0, -1].argmax() == token
@@ -102,13 +114,13 @@ def test_temperature_zero_is_greedy(model, tokenizer, prompts, tmp_path):
 
 
 def test_a_sample_depends_on_its_seed_alone(model, tokenizer, prompts, tmp_path):
-    together = answer(model, tokenizer, prompts, tmp_path)
+    together = complete(model, tokenizer, prompts, tmp_path)
     torch.rand(7)  # what ran before does not matter
     alone = [
-        answer(model, tokenizer, [prompt], tmp_path, seeds=[row_seed(0, i)])[0] for i, prompt in enumerate(prompts)
+        complete(model, tokenizer, [prompt], tmp_path, seeds=[row_seed(0, i)])[0] for i, prompt in enumerate(prompts)
     ]
-    assert together == alone == answer(model, tokenizer, prompts, tmp_path, generation_token_budget=60)
-    assert together != answer(model, tokenizer, prompts, tmp_path, seeds=[row_seed(1, i) for i in range(5)])
+    assert together == alone == complete(model, tokenizer, prompts, tmp_path, generation_token_budget=60)
+    assert together != complete(model, tokenizer, prompts, tmp_path, seeds=[row_seed(1, i) for i in range(5)])
 
 
 @pytest.mark.parametrize("engine", [{}, CONTINUOUS], ids=["generate", "continuous_batching"])
@@ -120,32 +132,32 @@ def test_end_tokens_and_limits(tokenizer, prompts, tmp_path, engine):
     bias[[eos, other_eos, *range(6)]] = 0.0  # one token in four is an end token, of either kind
     model.lm_head.bias = torch.nn.Parameter(bias)
     ends = {"end_token_ids": [eos, other_eos], **engine}
-    answers = answer(model, tokenizer, prompts * 8, tmp_path, max_completion_length=6, **ends)
-    last_tokens = {a["generated_ids"][-1] for a in answers if not a["truncated"]}
+    completions = complete(model, tokenizer, prompts * 8, tmp_path, max_completion_length=6, **ends)
+    last_tokens = {c["generated_ids"][-1] for c in completions if not c["truncated"]}
     assert last_tokens == {eos, other_eos}
-    for a in answers:
-        assert len(a["generated_ids"]) <= 6
-        assert not {eos, other_eos} & set(a["generated_ids"][:-1])
-        assert a["truncated"] == (a["generated_ids"][-1] not in (eos, other_eos))
-    assert any(a["truncated"] for a in answers)
-    # `max_length` holds for prompt plus answer, row by row
-    answers = answer(model, tokenizer, prompts * 8, tmp_path, max_length=27, **ends)
-    assert all(len(a["prompt_ids"]) + len(a["generated_ids"]) <= 27 for a in answers)
-    assert max(len(a["generated_ids"]) for a in answers if len(a["prompt_ids"]) > 20) == 1
+    for c in completions:
+        assert len(c["generated_ids"]) <= 6
+        assert not {eos, other_eos} & set(c["generated_ids"][:-1])
+        assert c["truncated"] == (c["generated_ids"][-1] not in (eos, other_eos))
+    assert any(c["truncated"] for c in completions)
+    # `max_length` holds for prompt plus completion, row by row
+    completions = complete(model, tokenizer, prompts * 8, tmp_path, max_length=27, **ends)
+    assert all(len(c["prompt_ids"]) + len(c["generated_ids"]) <= 27 for c in completions)
+    assert max(len(c["generated_ids"]) for c in completions if len(c["prompt_ids"]) > 20) == 1
 
 
 def test_the_models_own_sampling_settings_do_not_leak_in(model, tokenizer, prompts, tmp_path):
-    expected = answer(model, tokenizer, prompts, tmp_path)
+    expected = complete(model, tokenizer, prompts, tmp_path)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.01, top_k=1, repetition_penalty=5.0, suppress_tokens=list(range(200))
     )
-    assert answer(model, tokenizer, prompts, tmp_path) == expected
-    with_suppressed = answer(
+    assert complete(model, tokenizer, prompts, tmp_path) == expected
+    with_suppressed = complete(
         model, tokenizer, prompts, tmp_path, generation_kwargs={"suppress_tokens": expected[0]["generated_ids"]}
     )
     assert not set(with_suppressed[0]["generated_ids"]) & set(expected[0]["generated_ids"])
     with pytest.raises(ValueError, match="num_beams"):
-        answer(model, tokenizer, prompts, tmp_path, generation_kwargs={"num_beams": 4})
+        complete(model, tokenizer, prompts, tmp_path, generation_kwargs={"num_beams": 4})
 
 
 def test_generation_leaves_no_trace(tmp_path):
@@ -153,12 +165,7 @@ def test_generation_leaves_no_trace(tmp_path):
     model = make_model(tokenizer)
     model.generation_config.temperature = 0.6
     model.generation_config.do_sample = True
-    trainer = SPINTrainer(
-        model,
-        args=make_args(tmp_path, gradient_checkpointing=True),
-        train_dataset=make_dataset(),
-        processing_class=tokenizer,
-    )
+    trainer = make_trainer(tmp_path, tokenizer, model=model, gradient_checkpointing=True)
     seen = []
 
     def snapshot():
@@ -173,7 +180,7 @@ def test_generation_leaves_no_trace(tmp_path):
         }
         return copy.deepcopy(state)
 
-    callback = trainer.callback_handler.callbacks[-1]
+    callback = callback_of(trainer, SelfPlayCallback)
     boundary = callback.on_epoch_begin
 
     def watched(*args, **kwargs):
@@ -200,19 +207,29 @@ def test_batches_are_sorted_by_length_and_keep_the_budget():
     assert length_sorted_batches([500], lambda longest: 0) == [[0]]
 
 
-def test_large_batches_are_even():
-    assert even_batches(5, 2) == [[0, 2, 4], [1, 3]]
-    assert even_batches(1, 4) == [[0]]
-    batches = even_batches(50_000, 8)  # 6250 rows for each process: two rounds
-    assert len(batches) == 16 and {len(batch) for batch in batches} == {3125}
-    assert sorted(sum(batches, [])) == list(range(50_000))
+@pytest.mark.parametrize(
+    ("num_prompts", "num_processes", "sizes"),
+    [
+        (5, 2, [3, 2]),
+        (1, 4, [1]),
+        (12 * LARGE_BATCH, 8, 16 * [12 * LARGE_BATCH // 16]),  # one and a half batches for each process: two rounds
+    ],
+)
+def test_large_batches_are_even(tmp_path, tokenizer, num_prompts, num_processes, sizes):
+    accelerator = SimpleNamespace(num_processes=num_processes)
+    rules = Rules(tokenizer, [0], None, truncated="keep", play_empty=False, play_identical=False)
+    processes = Processes(accelerator, StopSignal(accelerator), quiet=True)
+    engine = ContinuousBatching(make_args(tmp_path, **CONTINUOUS), processes, rules)
+    batches = engine.batches([[0]] * num_prompts, 1)
+    assert [len(batch) for batch in batches] == sizes
+    assert sorted(sum(batches, [])) == list(range(num_prompts))
 
 
 def test_prompts_come_back_as_the_model_saw_them(model, tokenizer, prompts, tmp_path):
     seen = []
     model.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["input_ids"]), with_kwargs=True)
-    answers = answer(model, tokenizer, prompts, tmp_path, max_completion_length=3)
-    assert [a["prompt_ids"] for a in answers] == prompts
+    completions = complete(model, tokenizer, prompts, tmp_path, max_completion_length=3)
+    assert [c["prompt_ids"] for c in completions] == prompts
     rows = [[t for t in row.tolist() if t != tokenizer.pad_token_id] for row in seen[0]]
     assert sorted(rows) == sorted(prompts)
 
@@ -228,19 +245,19 @@ def with_adapter(model):
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_continuous_batching_is_generate(tokenizer, prompts, tmp_path, attention, adapter):
     model = make_model(tokenizer, attn_implementation=attention)
-    without = answer(model, tokenizer, prompts, tmp_path, temperature=0.0)
+    without = complete(model, tokenizer, prompts, tmp_path, temperature=0.0)
     if adapter:
         model = with_adapter(model)
     model.train()
     model.generation_config.suppress_tokens = list(range(200))
     rng = torch.get_rng_state()
-    expected = answer(model, tokenizer, prompts * 9, tmp_path, temperature=0.0)  # more rows than go in at once
-    assert answer(model, tokenizer, prompts * 9, tmp_path, temperature=0.0, **CONTINUOUS) == expected
+    expected = complete(model, tokenizer, prompts * 9, tmp_path, temperature=0.0)  # more rows than go in at once
+    assert complete(model, tokenizer, prompts * 9, tmp_path, temperature=0.0, **CONTINUOUS) == expected
     assert (expected[:5] != without) == adapter
     assert all(module.training for module in model.modules())
     assert model.config._attn_implementation == attention
     assert model.generation_config.suppress_tokens == list(range(200))
-    answer(model, tokenizer, prompts, tmp_path, **CONTINUOUS)
+    complete(model, tokenizer, prompts, tmp_path, **CONTINUOUS)
     assert torch.equal(torch.get_rng_state(), rng)
 
 
@@ -251,7 +268,7 @@ def test_continuous_batching_is_generate(tokenizer, prompts, tmp_path, attention
 )
 def test_continuous_batching_follows_the_processed_distribution(model, tokenizer, prompts, tmp_path, options):
     num_samples = 2_000
-    answers = answer(
+    completions = complete(
         model,
         tokenizer,
         prompts[1:2] * num_samples,
@@ -261,7 +278,9 @@ def test_continuous_batching_follows_the_processed_distribution(model, tokenizer
         use_transformers_continuous_batching=True,
         transformers_continuous_batching_config={"max_requests_per_batch": 200},
     )
-    counts = torch.tensor([a["generated_ids"][0] for a in answers]).bincount(minlength=len(tokenizer)) / num_samples
+    counts = (
+        torch.tensor([c["generated_ids"][0] for c in completions]).bincount(minlength=len(tokenizer)) / num_samples
+    )
     processors = LogitsProcessorList(sampling_processors(make_args(tmp_path, **options), [0], model.device)[:-1])
     with torch.no_grad():
         expected = processors(None, model(torch.tensor(prompts[1:2])).logits[:, -1]).softmax(dim=-1)[0]
@@ -273,7 +292,7 @@ def test_continuous_batching_follows_the_processed_distribution(model, tokenizer
 
 def test_continuous_batching_draws_anew_for_other_seeds(model, tokenizer, prompts, tmp_path):
     def sample(seed):
-        return answer(model, tokenizer, prompts, tmp_path, seeds=[row_seed(seed, i) for i in range(5)], **CONTINUOUS)
+        return complete(model, tokenizer, prompts, tmp_path, seeds=[row_seed(seed, i) for i in range(5)], **CONTINUOUS)
 
     assert sample(0) != sample(1)
 
@@ -281,7 +300,7 @@ def test_continuous_batching_draws_anew_for_other_seeds(model, tokenizer, prompt
 def test_continuous_batching_that_fails_says_so(model, tokenizer, prompts, tmp_path):
     config = {"num_blocks": 1, "page_size": 16, "max_batch_tokens": 16}
     with pytest.raises(ValueError, match=r"(?s)failed on 5 of 5 prompts: .*`num_blocks`.*unset"):
-        answer(
+        complete(
             model,
             tokenizer,
             [prompt * 20 for prompt in prompts],
@@ -290,7 +309,7 @@ def test_continuous_batching_that_fails_says_so(model, tokenizer, prompts, tmp_p
             transformers_continuous_batching_config=config,
         )
     with pytest.raises(TypeError, match="no_such_option"):
-        answer(
+        complete(
             model,
             tokenizer,
             prompts,

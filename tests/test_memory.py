@@ -14,6 +14,7 @@
 
 """The estimate of memory against what is measured, and the options that follow from it."""
 
+import copy
 import gc
 import json
 import os
@@ -23,14 +24,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_in_4bit, make_model, make_tokenizer, make_trainer
+from conftest import callback_of, load_in_4bit, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import TrlParser
 
-from trl_spin import SPINConfig, callbacks, memory
+from trl_spin import SelfPlayCallback, SPINConfig, memory, preflight
 from trl_spin.memory import optimizer_bytes
+from trl_spin.schedule import Schedule
 
 
 # ---- The estimate ----
@@ -65,11 +67,11 @@ class Peak(TrainerCallback):
 
 
 def measure(case: str, output_dir: str):
-    """Trains a model whose answers all run into their limit, and writes down what was estimated and what was measured."""
+    """Trains a model whose completions all run into their limit, and writes down what was estimated and what was measured."""
     options = dict(CASES[case])
     if options.pop("peft_config", False):
         options["peft_config"] = LoraConfig(r=8, target_modules="all-linear")
-    tokenizer, peak, estimates = make_tokenizer(), Peak(), []
+    tokenizer, peak, plans = make_tokenizer(), Peak(), []
     trainer = make_trainer(
         output_dir,
         tokenizer,
@@ -84,47 +86,80 @@ def measure(case: str, output_dir: str):
         num_probes=0,
         **{"per_device_train_batch_size": 8} | options,
     )
-    plan = callbacks.plan_memory
-    callbacks.plan_memory = lambda *args: estimates.append(plan(*args)) or estimates[0]
+    plan_memory = preflight.plan_memory
+    preflight.plan_memory = lambda *args: plans.append(plan_memory(*args)) or plans[0]
     gc.collect()
     before = resident("VmRSS")
     trainer.train()
-    assert all(trainer.games["train"].pairs[0]["truncated"])
+    assert all(trainer.game.train.pairs[0]["truncated"])
     weights = sum(p.nbytes for p in trainer.model.parameters())
-    result = {"estimated": estimates[0].peak, "measured": peak.peak - before + weights}
+    result = {"estimated": plans[0].estimate.peak, "measured": peak.peak - before + weights}
     Path(output_dir, "result.json").write_text(json.dumps(result))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux")
-@pytest.mark.parametrize("case", CASES)
-def test_the_estimate_is_close_to_what_training_takes(tmp_path, case):
+def test_the_estimate_is_close_to_what_training_takes(tmp_path):
     # The process gives large blocks back when they are free, so that its size is the size of what it holds
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-    subprocess.run([sys.executable, __file__, case, str(tmp_path)], env=env, check=True)
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["estimated"] == pytest.approx(result["measured"], rel=0.2)
+    subprocess.run([sys.executable, __file__, str(tmp_path)], env=env, check=True)
+    results = {case: json.loads((tmp_path / case / "result.json").read_text()) for case in CASES}
+    far_off = {case: r for case, r in results.items() if r["estimated"] != pytest.approx(r["measured"], rel=0.2)}
+    assert not far_off
 
 
-@pytest.mark.parametrize(
-    ("optim", "per_weight"), [("adamw_torch", 8), ("rmsprop", 4), ("sgd", 0), ("adamw_8bit", 2), ("adafactor", None)]
-)
-def test_the_size_of_the_optimizer(tmp_path, optim, per_weight):
-    trainer = make_trainer(
-        tmp_path, model=make_model(make_tokenizer(), hidden_size=128), optim=optim, num_self_play_iterations=1
-    )
-    trainer.create_optimizer()
-    estimate = optimizer_bytes(trainer)
+def optimizer_after_a_run(tmp_path, **kwargs):
+    """Weights, what the state of their optimizer was estimated at, and its size once it is there, in bytes."""
+    model = make_model(make_tokenizer(), hidden_size=128)
+    trainer = make_trainer(tmp_path, model=model, num_self_play_iterations=1, **kwargs)
+    estimate = optimizer_bytes(trainer.create_optimizer(), model)
     trainer.train()
-    weights = list(trainer.model.parameters())
     state = trainer.optimizer.state
-    state = sum(t.nbytes for p in weights for t in state[p].values() if isinstance(t, torch.Tensor))
-    if per_weight is not None:
-        assert estimate == pytest.approx(per_weight * sum(p.numel() for p in weights), rel=0.1)
-        assert (
-            estimate == pytest.approx(state, rel=0.1, abs=1000) or optim == "adamw_8bit"
-        )  # small tensors have 32 bits
-    else:
-        assert 0 < estimate < sum(p.nbytes for p in weights) / 10
+    size = sum(t.nbytes for p in model.parameters() for t in state[p].values() if isinstance(t, torch.Tensor))
+    return sum(p.numel() for p in model.parameters()), estimate, size
+
+
+@pytest.mark.parametrize(("optim", "per_weight"), [("adamw_torch", 8), ("rmsprop", 4), ("sgd", 0), ("adamw_8bit", 2)])
+def test_the_size_of_the_optimizer(tmp_path, optim, per_weight):
+    num_weights, estimate, size = optimizer_after_a_run(tmp_path, optim=optim)
+    assert estimate == pytest.approx(per_weight * num_weights, rel=0.1)
+    if optim != "adamw_8bit":  # small tensors have 32 bits
+        assert estimate == pytest.approx(size, rel=0.1, abs=1000)
+
+
+def test_the_size_of_an_optimizer_that_keeps_rows_and_columns(tmp_path):
+    num_weights, estimate, size = optimizer_after_a_run(tmp_path, optim="adafactor")
+    assert 0 < estimate < 4 * num_weights / 10 and 0 < size < 4 * num_weights / 10
+
+
+def test_the_size_of_an_optimizer_that_the_user_gives(tmp_path):
+    model = make_model(make_tokenizer(), hidden_size=128)
+    momentum = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    trainer = make_trainer(tmp_path, model=model, optimizers=(momentum, None), num_self_play_iterations=1)
+    assert optimizer_bytes(trainer.create_optimizer(), model) == sum(p.nbytes for p in model.parameters())
+
+    class Picky(torch.optim.AdamW):
+        def step(self, closure):
+            raise RuntimeError("not now")
+
+    num_weights = sum(p.numel() for p in model.parameters())
+    assert optimizer_bytes(Picky(model.parameters()), model) == 8 * num_weights
+
+
+def test_the_optimizer_is_as_it_was_once_its_size_is_known(tmp_path):
+    model = make_model(make_tokenizer())
+    trainer = make_trainer(tmp_path, model=model)
+    optimizer = trainer.create_optimizer()
+    trainer.game.schedule = Schedule([1, 1], steps_per_epoch=3)
+    trainer.create_scheduler(6)  # which has put its own `step` into the optimizer
+    groups, before = copy.deepcopy(optimizer.param_groups), copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer_bytes(optimizer, model)
+    assert not optimizer.state and len(optimizer.param_groups) == len(groups)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    for group, earlier in zip(optimizer.param_groups, groups, strict=True):
+        assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in earlier.items() if k != "params"}
+        assert len(group["params"]) == len(earlier["params"])
 
 
 # ---- What follows from it ----
@@ -142,13 +177,11 @@ def test_checkpointing_is_off_where_training_fits_and_on_where_it_does_not(tmp_p
 
     roomy = make(tmp_path / "roomy", gradient_checkpointing=None)
     roomy.train()
-    assert roomy.args.gradient_checkpointing is False
     assert not roomy.model.is_activation_checkpointing
 
     monkeypatch.setattr(memory, "available_memory", lambda device: 1e6)
     tight = make(tmp_path / "tight", gradient_checkpointing=None)
     tight.train()
-    assert tight.args.gradient_checkpointing is True
     assert tight.model.is_activation_checkpointing
     for name, p in tight.model.named_parameters():
         assert torch.equal(p, roomy.model.get_parameter(name)), name
@@ -156,6 +189,8 @@ def test_checkpointing_is_off_where_training_fits_and_on_where_it_does_not(tmp_p
     told = make(tmp_path / "told", gradient_checkpointing=False)
     told.train()
     assert not told.model.is_activation_checkpointing
+    # What was decided is not what was asked for
+    assert roomy.args.gradient_checkpointing is tight.args.gradient_checkpointing is None
 
 
 def test_every_other_layer_can_be_checkpointed(tmp_path):
@@ -166,13 +201,13 @@ def test_every_other_layer_can_be_checkpointed(tmp_path):
     assert [layer.gradient_checkpointing for layer in trainer.model.model.layers] == [True, False]
 
 
-def test_a_batch_that_does_not_fit_at_the_rehearsal_is_checkpointed(tmp_path, monkeypatch):
+def test_a_batch_that_does_not_fit_in_the_trial_run_is_checkpointed(tmp_path, monkeypatch):
     saved_bytes = memory._saved_bytes
 
-    def run_out(trainer, pairs):
-        if not trainer.model.training and len(pairs[0]["chosen_ids"]) > memory._SHORT:
+    def run_out(forward, model, pairs):
+        if not model.training and len(pairs[0]["chosen_ids"]) > memory._SHORT:
             raise torch.OutOfMemoryError("out of memory")
-        return saved_bytes(trainer, pairs)
+        return saved_bytes(forward, model, pairs)
 
     monkeypatch.setattr(memory, "_saved_bytes", run_out)
     rows = Dataset.from_list([{"prompt": "x", "completion": "y" * 100}] * 4)
@@ -183,21 +218,27 @@ def test_a_batch_that_does_not_fit_at_the_rehearsal_is_checkpointed(tmp_path, mo
         make_trainer(tmp_path / "told", dataset=rows, gradient_checkpointing=False).train()
 
 
+def budget_of(trainer):
+    return callback_of(trainer, SelfPlayCallback).engine.token_budget
+
+
 def test_generation_batches_fit_the_memory_and_stay_the_same_when_the_run_is_resumed(tmp_path, monkeypatch, capsys):
     trainer = make_trainer(tmp_path, save_strategy="epoch")
     weights = sum(p.nbytes for p in trainer.model.parameters())
     monkeypatch.setattr(memory, "available_memory", lambda device: 10 * weights)
     trainer.train()
-    budget = trainer.args.generation_token_budget
-    assert 50 < budget < memory._DEFAULT_BUDGET
+    budget = budget_of(trainer)
+    assert 50 < budget < memory.DEFAULT_BUDGET and trainer.args.generation_token_budget is None
     assert f"in batches of up to {budget:,}" in capsys.readouterr().out
     assert json.loads((tmp_path / "self_play" / "run.json").read_text())["generation_token_budget"] == budget
 
     monkeypatch.undo()
     resumed = make_trainer(tmp_path, save_strategy="epoch", num_self_play_iterations=3)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.args.generation_token_budget == budget
-    assert make_trainer(tmp_path / "given", generation_token_budget=77).args.generation_token_budget == 77
+    assert budget_of(resumed) == budget
+    given = make_trainer(tmp_path / "given", generation_token_budget=77, dry_run=True)
+    given.train()
+    assert budget_of(given) == 77
 
 
 @pytest.mark.parametrize(
@@ -211,4 +252,10 @@ def test_checkpointing_on_the_command_line(tmp_path, options, expected):
 
 
 if __name__ == "__main__":
-    measure(*sys.argv[1:])
+    for case in CASES:
+        # A process of its own, which need not import everything again
+        if (pid := os.fork()) == 0:
+            measure(case, f"{sys.argv[1]}/{case}")
+            os._exit(0)
+        if os.waitpid(pid, 0)[1]:
+            sys.exit(f"{case} failed")

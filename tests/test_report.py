@@ -30,10 +30,10 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_spin.__main__ import main
-from trl_spin.game import load_game
-from trl_spin.report import card
+from trl_spin.report import card, figures
 from trl_spin.report.page import summary_rows, write_report
 from trl_spin.report.reader import read_run
+from trl_spin.run.games import load_game
 
 
 class Page(HTMLParser):
@@ -86,6 +86,25 @@ def finished(tmp_path_factory):
     play(output_dir, eval_dataset=make_dataset(5), save_strategy="epoch")
     assert write_report(output_dir) == output_dir / "report" / "report.html"
     return output_dir
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run that was stopped before its first opponent had completed a prompt."""
+
+    class Stop(TrainerCallback):
+        def on_epoch_begin(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[Stop()]).train()
+    return tmp_path
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing takes most of the time. What is written on the page does not depend on it."""
+    monkeypatch.setattr("trl_spin.report.page._save_figures", lambda directory, kind, by_dataset: {})
 
 
 def test_files_of_a_finished_run(finished):
@@ -164,7 +183,7 @@ def test_distributions_are_those_of_the_games(finished):
     assert run.changes("train").keys() == {0}
 
 
-def test_signals_are_shown(finished, tmp_path):
+def test_signals_are_shown(finished, tmp_path, no_figures):
     """Probes, warnings, verdict, intervals and metrics of the user's own, where the run has left them."""
     output_dir = tmp_path / "run"
     shutil.copytree(finished, output_dir)
@@ -193,7 +212,7 @@ def test_signals_are_shown(finished, tmp_path):
     assert [i.number for i in read_run(output_dir).iterations] == [0, 1]
 
 
-def test_model_output_is_text(finished, tmp_path):
+def test_model_output_is_text(finished, tmp_path, no_figures):
     evil = "</pre></code></td><script>alert(1)</script><img src=x onerror=alert(2)><a href='http://evil.example'>&amp;"
     output_dir = tmp_path / "<b>run<x>"
     shutil.copytree(finished, output_dir)
@@ -237,16 +256,15 @@ def test_a_run_that_stopped_in_the_middle(tmp_path):
     assert {i.number: list(i.completions) for i in read_run(tmp_path).iterations} == {0: ["train"], 1: []}
 
 
-def test_a_run_that_has_just_begun(tmp_path):
-    make_trainer(tmp_path).write_run()
-    page = Page(write_report(tmp_path))
+def test_a_run_that_has_just_begun(begun):
+    page = Page(write_report(begun))
     assert "0 of 2 iterations finished" in page.text and "No iteration has been played yet" in page.text
-    (tmp_path / "self_play/iteration-0/completions-0123").mkdir(parents=True)
-    (tmp_path / "self_play/iteration-2/completions-0123").mkdir(parents=True)  # those of the last model
-    page = Page(write_report(tmp_path))
+    (begun / "self_play/iteration-0/completions-0123").mkdir(parents=True)
+    (begun / "self_play/iteration-2/completions-0123").mkdir(parents=True)  # those of the last model
+    page = Page(write_report(begun))
     assert "Iteration 0 has no pairs yet" in page.text and "Iteration 2" not in page.text
-    (tmp_path / "self_play/log_history.json").write_text('[{"step": 1, "loss"')  # cut off
-    assert "log_history.json cannot be read" in Page(write_report(tmp_path)).text
+    (begun / "self_play/log_history.json").write_text('[{"step": 1, "loss"')  # cut off
+    assert "log_history.json cannot be read" in Page(write_report(begun)).text
 
 
 def test_adapters_history_and_several_held_out_sets(tmp_path):
@@ -270,10 +288,15 @@ def test_adapters_history_and_several_held_out_sets(tmp_path):
     assert "Held-out prompts (b $x$), after training" in page.text
 
 
-def test_the_style_is_the_reports_own(finished):
+def test_the_style_is_the_reports_own(finished, tmp_path, monkeypatch):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    # One figure tells
+    for kind in ("iterations", "lengths", "logps", "changes"):
+        monkeypatch.setattr(figures, f"draw_{kind}", lambda *args: None)
     settings = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"figure.facecolor": "black", "savefig.facecolor": "black"}):
-        path = write_report(finished)
+        path = write_report(output_dir)
     assert dict(matplotlib.rcParams) == settings
     assert matplotlib.image.imread(path.parent / "training.png")[0, 0].tolist() == [1, 1, 1, 1]
 
@@ -306,19 +329,19 @@ def test_the_card_of_a_model_of_the_hub(tmp_path, monkeypatch):
         assert text in written.text
 
 
-def test_command(finished, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["trl-spin", "report", str(finished)])
+def test_command(begun, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trl-spin", "report", str(begun)])
     main()
-    assert capsys.readouterr().out.strip() == str(finished / "report" / "report.html")
-    monkeypatch.setattr(sys, "argv", ["trl-spin", "report", str(finished / "report")])
+    assert capsys.readouterr().out.strip() == str(begun / "report" / "report.html")
+    monkeypatch.setattr(sys, "argv", ["trl-spin", "report", str(begun / "report")])
     with pytest.raises(SystemExit, match="holds no run"):
         main()
 
 
-def test_without_matplotlib(finished):
+def test_without_matplotlib(begun):
     code = "import sys; sys.modules['matplotlib'] = None; from trl_spin.__main__ import main; main()"
     result = subprocess.run(
-        [sys.executable, "-c", code, "report", str(finished)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, "report", str(begun)], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
     assert result.stderr.strip().endswith("The report needs matplotlib: `pip install trl-spin[report]`.")

@@ -13,8 +13,9 @@
 # limitations under the License.
 
 """
-vLLM by contract: TRL's own code runs, and in the place of vLLM's classes stand ones that check what they are given, hold
-a copy of the model, and answer with it. vLLM itself is not run.
+vLLM by contract. vLLM itself is not run: TRL's own code runs, and in the place of vLLM's classes, and of TRL's client of a
+server, stand ones that check what they are given, hold a copy of the model, and complete with it. They are our picture of
+vLLM, and of the places where TRL reaches into it: they show what we hand over, not what vLLM makes of it.
 """
 
 import copy
@@ -26,13 +27,26 @@ import pytest
 import torch
 import trl.generation.vllm_generation
 from accelerate import Accelerator
-from conftest import first_losses, load_in_4bit, make_args, make_dataset, make_model, make_tokenizer, make_trainer
+from conftest import (
+    callback_of,
+    first_losses,
+    load_in_4bit,
+    make_args,
+    make_dataset,
+    make_model,
+    make_tokenizer,
+    make_trainer,
+)
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl.generation.vllm_client import VLLMClient
 
-from trl_spin.engines import fill_up, open_vllm, unchanged_base_weights
-from trl_spin.game import load_game, read_manifest
+from trl_spin import SelfPlayCallback
+from trl_spin.engines import VLLM
+from trl_spin.engines.vllm import unchanged_base_weights
+from trl_spin.pairs import Rules
+from trl_spin.run.games import load_game, read_manifest
+from trl_spin.run.processes import Processes, StopSignal
 
 
 LORA = {"target_modules": "all-linear", "lora_dropout": 0.1}
@@ -61,7 +75,7 @@ class Copy:
         assert all(torch.equal(weight, self.model.get_parameter(name)) for name, weight in trained.named_parameters())
 
     @torch.no_grad()
-    def answer(self, prompt, temperature, max_tokens, stop_token_ids):
+    def complete(self, prompt, temperature, max_tokens, stop_token_ids):
         ids = []
         while len(ids) < max_tokens and not (ids and ids[-1] in stop_token_ids):
             logits = self.model(torch.tensor([prompt + ids])).logits[0, -1]
@@ -90,7 +104,7 @@ def check_sampling(args, end_token_ids, given):
 
 @pytest.fixture(autouse=True)
 def vllm_installed(monkeypatch):
-    monkeypatch.setattr("trl_spin.engines.is_vllm_available", lambda: True)
+    monkeypatch.setattr("trl_spin.engines.vllm.is_vllm_available", lambda: True)
     monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda: True)
     with mock.patch.dict(os.environ):  # TRL sets variables that would make the next Accelerator a distributed one
         yield
@@ -105,7 +119,7 @@ def llm(monkeypatch):
         made = []
 
         def __init__(self, model, max_model_len, gpu_memory_utilization, enable_sleep_mode, **kwargs):
-            assert max_model_len == self.trainer.max_length and gpu_memory_utilization == 0.3
+            assert max_model_len == self.trainer.game.rules.max_length and gpu_memory_utilization == 0.3
             assert kwargs["model_impl"] == "vllm" and kwargs["tensor_parallel_size"] == 1
             torch.manual_seed(kwargs["seed"])  # as vLLM does
             self.copy, self.asleep, self.num_syncs = Copy(model), False, 0
@@ -116,7 +130,7 @@ def llm(monkeypatch):
         def generate(self, prompts, sampling_params, use_tqdm):
             assert not self.asleep
             sampling = copy.copy(sampling_params)
-            check_sampling(self.trainer.args, self.trainer.end_token_ids, sampling)
+            check_sampling(self.trainer.args, self.trainer.game.rules.end_token_ids, sampling)
             if self.copy.received:
                 self.num_syncs += 1
                 self.copy.check(self.trainer)
@@ -125,7 +139,7 @@ def llm(monkeypatch):
             return [
                 SimpleNamespace(
                     prompt_token_ids=prompt,
-                    outputs=[SimpleNamespace(token_ids=tuple(self.copy.answer(prompt, **limits)), logprobs=None)],
+                    outputs=[SimpleNamespace(token_ids=tuple(self.copy.complete(prompt, **limits)), logprobs=None)],
                 )
                 for prompt in ids
             ]
@@ -165,10 +179,9 @@ def vllm_trainer(tmp_path, model=None, **kwargs):
     return make_trainer(tmp_path / "run", model=model, **(options | kwargs))
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("sleep", [False, True], ids=["awake", "sleep"])
+@pytest.mark.parametrize(("adapter", "sleep"), [(False, False), (True, True)], ids=["full", "lora-sleep"])
 def test_a_run_with_vllm(tmp_path, llm, adapter, sleep, monkeypatch):
-    monkeypatch.setattr("trl_spin.generation._LARGE_BATCH", 5)
+    monkeypatch.setattr("trl_spin.engines.base.LARGE_BATCH", 5)
     options = {"peft_config": LoraConfig(**LORA)} if adapter else {}
     # Full training starts elsewhere than the files say
     model = saved_model(tmp_path / "sft")
@@ -180,7 +193,7 @@ def test_a_run_with_vllm(tmp_path, llm, adapter, sleep, monkeypatch):
     )
     llm.trainer = trainer
     assert not llm.made  # until it is needed
-    callback = trainer.callback_handler.callbacks[-1]
+    callback = callback_of(trainer, SelfPlayCallback)
     generate, rng = callback.generate, []
 
     def watched(*args):
@@ -193,7 +206,7 @@ def test_a_run_with_vllm(tmp_path, llm, adapter, sleep, monkeypatch):
     trainer.train()
     assert torch.equal(rng[0], rng[1]) and torch.equal(rng[2], rng[3])
     assert len(llm.made) == 1
-    # Once for the rehearsal, and for both datasets in each iteration: asleep, for each of their batches
+    # Once for the trial run, and for both datasets in each iteration: asleep, for each of their batches
     assert llm.made[0].num_syncs == (1 + 2 * (2 + 1) if sleep else 1 + 2 * 2)
     assert first_losses(trainer) == pytest.approx([0.6931, 0.6931], abs=1e-3)
     truncated = 0
@@ -202,7 +215,7 @@ def test_a_run_with_vllm(tmp_path, llm, adapter, sleep, monkeypatch):
         for pair in load_game(trainer.args.output_dir, iteration)["train"]:
             ids = pair["generated_ids"]
             assert len(ids) <= min(12, 40 - len(pair["prompt_ids"]))
-            assert pair["truncated"] == (ids[-1] not in trainer.end_token_ids)
+            assert pair["truncated"] == (ids[-1] not in trainer.game.rules.end_token_ids)
             truncated += pair["truncated"]
     assert truncated > 0
     if adapter:
@@ -215,14 +228,14 @@ def test_a_run_with_vllm(tmp_path, llm, adapter, sleep, monkeypatch):
         assert all(torch.equal(before[name], base[name]) for name in before)
 
 
-def test_other_seeds_give_other_answers(tmp_path, llm):
+def test_other_seeds_give_other_completions(tmp_path, llm):
     llm.trainer = trainer = vllm_trainer(tmp_path, learning_rate=1e-30)
     trainer.train()
     games = [load_game(trainer.args.output_dir, t)["train"]["generated_ids"] for t in range(2)]
     assert games[0] != games[1]  # of one and the same model
 
 
-def test_greedy_answers_are_those_of_generate(tmp_path, llm):
+def test_greedy_completions_are_those_of_generate(tmp_path, llm):
     options = {"temperature": 0.0, "num_self_play_iterations": 1}
     model = saved_model(tmp_path / "sft")
     make_trainer(tmp_path / "plain", model=model, **options).train()
@@ -285,10 +298,10 @@ def test_a_run_with_a_vllm_server(tmp_path, monkeypatch):
             if self.copy.received:
                 self.copy.check(trainer)
             limits = {name: json[name] for name in ("temperature", "max_tokens", "stop_token_ids")}
-            check_sampling(trainer.args, trainer.end_token_ids, json)
+            check_sampling(trainer.args, trainer.game.rules.end_token_ids, json)
             return {
                 "choices": [
-                    {"prompt_token_ids": prompt, "token_ids": self.copy.answer(prompt, **limits), "logprobs": None}
+                    {"prompt_token_ids": prompt, "token_ids": self.copy.complete(prompt, **limits), "logprobs": None}
                     for prompt in prompts
                 ]
             }
@@ -309,36 +322,37 @@ def test_a_run_with_a_vllm_server(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("parallel", [1, 2])
-def test_all_processes_send_as_many_prompts(tmp_path, monkeypatch, rank, parallel):
-    batches = [[[1], [2], [3]], [[4], [5]]]
-    seeds = [[10, 11, 12], [20, 21]]
-    monkeypatch.setattr("trl_spin.engines.gather_object", lambda share: [(3, 10), (2, 20)])
+def test_each_process_gets_the_completions_of_its_own_prompts(tmp_path, monkeypatch, rank, parallel):
+    """In the place of TRL's `VLLMGeneration` among two processes, which takes and returns as many prompts of each."""
+    prompts, seeds = [[[1], [2], [3]], [[4], [5]]], [[10, 11, 12], [20, 21]]
     seen = {}
 
     def generate(prompts, images, num_generations):
         seen.update(prompts=prompts, seed=torch.initial_seed())
-        return None, [prompt * 2 for prompt in prompts], None, None
+        return None, [tuple(prompt * 2) for prompt in prompts], None, None
 
     accelerator = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
-    vllm = SimpleNamespace(
-        accelerator=accelerator, model=torch.nn.Linear(1, 1), sync_weights=lambda: None, generate=generate
-    )
+    monkeypatch.setattr("trl_spin.engines.vllm.gather_object", lambda share: [(3, 10), (2, 20)])
+    rules = Rules(make_tokenizer(), [0], None, truncated="keep", play_empty=False, play_identical=False)
     args = make_args(tmp_path, use_vllm=True, vllm_tensor_parallel_size=parallel)
-    with open_vllm(vllm, args) as answer:
-        generated = answer(batches[rank], seeds[rank], 7)
-    assert generated == [prompt * 2 for prompt in batches[rank]]
-    assert len(seen["prompts"]) == 3 and vllm.max_completion_length == 7
+    engine = VLLM(args, Processes(accelerator, StopSignal(accelerator), quiet=True), rules)
+    engine._generation = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), sync_weights=lambda: None, generate=generate, max_completion_length=None
+    )
+    with engine.open(None) as complete:
+        generated = complete(prompts[rank], seeds[rank], 7)
+    assert generated == [prompt * 2 for prompt in prompts[rank]]
+    assert len(seen["prompts"]) == 3 and engine._generation.max_completion_length == 7
     assert seen["seed"] == (10 if parallel == 2 or rank == 0 else 20)  # one for the processes that share a model
-    assert fill_up([[1]], [1]) == [[1]]
 
 
-def test_what_vllm_cannot_answer_is_refused(tmp_path, monkeypatch, llm):
+def test_what_vllm_cannot_complete_is_refused(tmp_path, monkeypatch, llm):
     saved_model(tmp_path / "sft")
     with pytest.raises(ValueError, match="quantized by bitsandbytes.*would not be the reference"):
         vllm_trainer(tmp_path, load_in_4bit(tmp_path / "sft"), peft_config=LoraConfig(**LORA))
     with pytest.raises(ValueError, match="`name_or_path` is empty"):
         vllm_trainer(tmp_path, make_model(make_tokenizer()))
-    monkeypatch.setattr("trl_spin.engines.is_vllm_available", lambda: False)
+    monkeypatch.setattr("trl_spin.engines.vllm.is_vllm_available", lambda: False)
     with pytest.raises(ImportError, match=r"pip install trl-spin\[vllm\]"):
         vllm_trainer(tmp_path)
     assert Accelerator().num_processes == 1 and not llm.made
