@@ -34,11 +34,11 @@ from trl_spin.run.games import read_manifest
 LAYERS = [
     "objectives schedule layout run.files run.weights report.signals report.tables",  # stand by themselves
     "pairs run.processes run.games report.card shared_prefix_trainer",  # the game, and what is on disk
-    "engines.base report.reader measures monitor",
+    "engines.base report.reader",
     "engines.generate engines.continuous_batching engines.vllm report.figures",
     "engines report.page",
     "spin_config",  # every option: those of the engines, and its own
-    "compat data memory run.checkpoints",
+    "compat data memory measures run.checkpoints",
     "generation run.resume",  # stages
     "callbacks preflight showing",  # who calls the stages, and when
     "iterations",
