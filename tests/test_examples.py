@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 from conftest import make_dataset, make_model, make_tokenizer
 from datasets import Dataset
+from trl import DPOConfig
 
 from trl_spin import SPINConfig
 from trl_spin.__main__ import main
@@ -69,6 +70,11 @@ def hub(tmp_path, monkeypatch):
             ("train_sft", "test_sft"),
         ),
         "openai/gsm8k": ("main", questions, ("train", "test")),
+        "trl-lib/ultrafeedback_binarized": (
+            "default",
+            [{"chosen": m, "rejected": m[:1] + messages[i - 1][1:]} for i, m in enumerate(messages)],
+            ("train",),
+        ),
     }
     for name, (config, rows, names) in splits.items():
         (tmp_path / name).mkdir(parents=True)
@@ -86,15 +92,20 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_defaults(monkeypatch):
-    """Scripts that make their own `SPINConfig` get one for a tiny model."""
-    init = SPINConfig.__init__
+    """Scripts that make their own config get one for a tiny model."""
 
-    def tiny_init(self, *args, **kwargs):
-        if "held_out_size" in kwargs:
-            kwargs["held_out_size"] = 2
-        init(self, *args, **{**kwargs, **TINY})
+    def shrink(config):
+        init, tiny = config.__init__, {k: v for k, v in TINY.items() if k in config.__dataclass_fields__}
 
-    monkeypatch.setattr(SPINConfig, "__init__", tiny_init)
+        def tiny_init(self, *args, **kwargs):
+            if "held_out_size" in kwargs:
+                kwargs["held_out_size"] = 2
+            init(self, *args, **{**kwargs, **tiny})
+
+        monkeypatch.setattr(config, "__init__", tiny_init)
+
+    shrink(SPINConfig)
+    shrink(DPOConfig)
 
 
 def run_command(monkeypatch, arguments):
