@@ -15,7 +15,7 @@
 """
 What λ does: draws `choosing_lambda.png`, next to this file, in a few seconds on one core.
 
-One prompt, a softmax over five answers, expectations instead of samples. Nothing is random.
+One prompt, a softmax over five completions, expectations instead of samples. Nothing is random.
 
     pip install ".[report]"
     python benchmarks/choosing_lambda.py

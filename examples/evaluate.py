@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Evaluates the model of each iteration with lm-evaluation-harness, by default on the tasks of the SPIN paper, the first
-Open LLM Leaderboard with its numbers of shots, and writes one table.
+Evaluates the model of each iteration with lm-evaluation-harness and writes one table. The default tasks are those of
+the SPIN paper: the first Open LLM Leaderboard, with its numbers of shots.
 
 ```bash
 pip install "trl-spin[eval]"
@@ -22,9 +22,9 @@ python examples/evaluate.py zephyr-7b-spin --base_model alignment-handbook/zephy
 python examples/evaluate.py run --tasks my_task --include_path folder_of_my_task --limit 100
 ```
 
-The table goes to `evaluation.md` in the run's directory and, with standard errors, all metrics, versions of the tasks
-and of the harness, to `evaluation.json`. Both are written anew after each model. The harness has changed since the
-leaderboard was closed, so compare rows of this table, and not with numbers from elsewhere.
+The table goes to `evaluation.md` in the run's directory; standard errors, all metrics and the versions of the tasks
+and of the harness go to `evaluation.json`. Both are rewritten after each model. The harness has changed since the
+leaderboard was closed, so compare the rows of this table with each other, not with numbers from elsewhere.
 """
 
 import argparse

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 r"""
-Objectives for research, and a pattern for your own. With this file beside your script:
+Objectives for research, and a pattern for your own. Put this file next to your script:
 
 ```python
 from objectives import gsil_bernoulli, gsil_brier
@@ -26,8 +26,8 @@ An objective is any function `f(real_logratios, generated_logratios, beta) -> lo
 p_θ(y|x)/p_ref(y|x) of the real completions and r' = log p_θ(y'|x)/p_ref(y'|x) of the generated completions, summed
 over tokens and unscaled, and λ; it returns the loss of each pair. All tensors have the shape (batch,).
 
-It takes the place of `loss_type`. Pairs of identical completions are then trained on as well: only losses that are
-registered as losses of the margin leave them out. If yours is one, register it, and choose it by its name:
+It takes the place of `loss_type`. Pairs of identical completions are then trained on as well, because only losses that
+are registered as losses of the margin r - r' leave them out. If yours is one, register it and select it by its name:
 
 ```python
 from trl_spin.objectives import objective
@@ -90,7 +90,7 @@ def gsil_brier(
 
     $$ (1 - \sigma(\lambda r + s))^2 + \sigma(\lambda r' + s)^2 $$
 
-    Bounded by 2; the gradient of completions far on either side vanishes. About the shift, see [`gsil_bernoulli`].
+    Bounded by 2; the gradient vanishes for completions far out on either side. On the shift, see [`gsil_bernoulli`].
 
     Args:
         real_logratios (`torch.Tensor`):
@@ -117,7 +117,7 @@ def gsil_hinge(
 
     $$ \max(0, 1 - \lambda r - s) + \max(0, 1 + \lambda r' + s) $$
 
-    Not strictly proper, like [`~trl_spin.objectives.hinge`]. About the shift, see [`gsil_bernoulli`].
+    Not strictly proper, like [`~trl_spin.objectives.hinge`]. On the shift, see [`gsil_bernoulli`].
 
     Args:
         real_logratios (`torch.Tensor`):
@@ -145,9 +145,9 @@ def gsil_kliep(
 
     $$ -(\lambda r + s) + e^{\lambda r' + s} $$
 
-    Exact for \\( \lambda r' + s \leq 10 \\), a tangent above. At λ = 1 the expectation of \\( e^{r'} \\) over y' ~ p_t
-    is 1 for every model: there, the expected loss is that of SFT, and the generated completions add nothing but noise.
-    About the shift, see [`gsil_bernoulli`].
+    Exact for \\( \lambda r' + s \leq 10 \\), with a tangent above. At λ = 1 the expectation of \\( e^{r'} \\) over y' ~
+    p_t is 1 for every model: the expected loss is then that of SFT, and the generated completions add nothing but noise.
+    On the shift, see [`gsil_bernoulli`].
 
     Args:
         real_logratios (`torch.Tensor`):
@@ -177,7 +177,7 @@ def gsil_lsif(
 
     Exact for \\( \lambda r + s \leq 10 \\) and \\( \lambda r' + s \leq 10 \\), tangents above; the minimizer stays the
     same where \\( p_{data}/p_t < e^{10} \\). The better the model knows a real completion, the larger its weight: with
-    completions of many tokens, λ must be small. About the shift, see [`gsil_bernoulli`].
+    completions of many tokens, λ must be small. On the shift, see [`gsil_bernoulli`].
 
     Args:
         real_logratios (`torch.Tensor`):

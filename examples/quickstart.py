@@ -13,16 +13,17 @@
 # limitations under the License.
 
 """
-Self-play fine-tuning from nothing, in a few minutes on a CPU and without a network.
+Self-play fine-tuning from scratch, in a few minutes on a CPU, without network access.
 
-The task: given six letters, write them in any order, each once ("bdfkmp=" -> "kdbpfm"). There are 720 right answers per
-prompt, of which the data holds one; a sampler can repeat a letter, forget one or use another; a program can check it.
+The task: given six letters, write them in any order, each once ("bdfkmp=" -> "kdbpfm"). There are 720 valid answers
+per prompt, and the data has one of them. A model can repeat a letter, forget one or use another; a program can check
+this.
 
 1. TRL's SFTTrainer trains a small random Llama for one epoch on 6,000 such rows.
 2. SPINTrainer plays three iterations on the same rows.
-3. For comparison, the same SFT model gets more SFT instead, with the compute of the three iterations.
+3. For comparison, the same SFT model gets more SFT instead, with the same compute as the three iterations.
 
-What is printed is measured on 1,000 held-out prompts:
+It prints what it measured on 1,000 held-out prompts:
 
 ```bash
 python examples/quickstart.py                # one run
@@ -58,14 +59,14 @@ parser.add_argument("--num_self_play_iterations", type=int, default=3)
 parser.add_argument("--num_seeds", type=int, default=1, help="Repeat with other data, weights and samples.")
 parser.add_argument("--num_rows", type=int, default=6000, help="Training rows.")
 parser.add_argument("--num_held_out", type=int, default=1000, help="Held-out prompts.")
-parser.add_argument("--output_dir", help="Where to keep the self-play runs. They are temporary otherwise.")
+parser.add_argument("--output_dir", help="Where to keep the self-play runs. By default they are temporary.")
 parser.add_argument("--loss_type", default="sigmoid", help="Objective, see the README.")
 parser.add_argument("--beta", type=float, default=5.0, help="λ")
-# Larger learning rates and smaller λ gain faster at first, and then overshoot
+# Larger learning rates and smaller λ gain faster at first, then overshoot
 parser.add_argument("--learning_rate", type=float, nargs="+", default=[3e-4, 3e-4, 1.5e-4], help="Of each iteration.")
 options = parser.parse_args()
 
-# Everything runs in float32 on the CPU, on data that fits one batch shape
+# Everything runs in float32 on the CPU, on rows of about the same length
 COMMON = {
     "use_cpu": True,
     "bf16": False,
@@ -88,13 +89,13 @@ def make_data(rng: random.Random) -> tuple[Dataset, Dataset]:
         prompts["".join(sorted(letters)) + "="] = "".join(letters)
         if len(prompts) == math.comb(len(ALPHABET), NUM_LETTERS):
             break
-    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in prompts.items()]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in prompts.items()]
     rng.shuffle(rows)
     return Dataset.from_list(rows[options.num_held_out :]), Dataset.from_list(rows[: options.num_held_out])
 
 
-def is_valid(prompt: str, answer: str) -> bool:
-    return "".join(sorted(answer)) + "=" == prompt
+def is_valid(prompt: str, completion: str) -> bool:
+    return "".join(sorted(completion)) + "=" == prompt
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -148,7 +149,7 @@ def train_sft(model, tokenizer, dataset, num_epochs: int, learning_rate: float, 
 
 
 def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
-    """Plays self-play from an SFT model and returns the directory that holds the model of each iteration."""
+    """Runs self-play from an SFT model and returns the directory that holds the model of each iteration."""
     args = SPINConfig(
         f"{options.output_dir}/seed-{seed}" if options.output_dir else tempfile.mkdtemp(),
         num_self_play_iterations=options.num_self_play_iterations,
@@ -160,7 +161,7 @@ def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
         per_device_eval_batch_size=256,
         precompute_ref_batch_size=256,
         max_completion_length=MAX_COMPLETION_LENGTH,
-        train_sampling_strategy="random",  # all rows are about as long, there is nothing to group
+        train_sampling_strategy="random",  # all rows are about as long: there is nothing to group
         warmup_steps=0.1,
         seed=seed,
         **(COMMON | {"logging_strategy": "steps", "logging_steps": 10}),
@@ -176,7 +177,7 @@ def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
 
 @torch.no_grad()
 def measure(model, tokenizer, held_out, seed: int) -> dict[str, float]:
-    """Share of valid answers among samples, and negative log-likelihood of the real answers in nats per token."""
+    """Share of valid answers among samples, and negative log-likelihood of the real completions in nats per token."""
     torch.manual_seed(seed)
     model.eval()
     prompts = torch.tensor(tokenizer(held_out["prompt"][:])["input_ids"])  # all of one length
@@ -187,11 +188,11 @@ def measure(model, tokenizer, held_out, seed: int) -> dict[str, float]:
         top_k=0,
         max_new_tokens=MAX_COMPLETION_LENGTH,
     )[:, prompts.size(1) :]
-    answers = tokenizer.batch_decode(samples, skip_special_tokens=True)
-    real = torch.tensor(tokenizer([answer + tokenizer.eos_token for answer in held_out["completion"]])["input_ids"])
+    completions = tokenizer.batch_decode(samples, skip_special_tokens=True)
+    real = torch.tensor(tokenizer([text + tokenizer.eos_token for text in held_out["completion"]])["input_ids"])
     logits = model(torch.cat([prompts, real], dim=1)).logits[:, prompts.size(1) - 1 : -1]
     return {
-        "valid": statistics.fmean(map(is_valid, held_out["prompt"], answers)),
+        "valid": statistics.fmean(map(is_valid, held_out["prompt"], completions)),
         "nll": torch.nn.functional.cross_entropy(logits.flatten(0, 1), real.flatten()).item(),
     }
 
@@ -217,7 +218,7 @@ def run(seed: int) -> list[dict[str, float]]:
         with open(f"{directory}/self_play.json") as file:
             record = json.load(file)
         model = LlamaForCausalLM.from_pretrained(directory)
-        # An iteration trains on 2 sequences per row in 3 passes, and generates and scores them: that is 7 epochs of SFT
+        # An iteration trains on 2 sequences per row in 3 passes, generates and scores them: as much as 7 epochs of SFT
         train_sft(more_sft, tokenizer, dataset, num_epochs=7, learning_rate=1e-3, batch_size=64, seed=seed + iteration)
         baseline = measure(more_sft, tokenizer, held_out, seed + iteration)
         rows.append(

@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-SPIN from zephyr-7b-sft-full with the recipe of the paper (arXiv 2401.01335), in Python. The same from a shell, with every
-option open to the command line: `trl-spin --config examples/zephyr_7b.yaml`.
+SPIN from zephyr-7b-sft-full with the recipe of the paper (arXiv 2401.01335), in Python. The same from a shell, with
+every option on the command line: `trl-spin --config examples/zephyr_7b.yaml`.
 
 Full fine-tuning, 8 GPUs:
 
@@ -50,10 +50,10 @@ num_processes = PartialState().num_processes
 args = SPINConfig(
     output_dir="zephyr-7b-spin-qlora" if qlora else "zephyr-7b-spin",
     model_init_kwargs={
-        "revision": "ac6e600eefcce74f5e8bae1035d4f66019e93190",  # the one that the paper's runs started from
+        "revision": "ac6e600eefcce74f5e8bae1035d4f66019e93190",  # the one that the paper started from
         "dtype": "bfloat16" if qlora else "float32",
     },
-    # Game: iterations 0 to 3, from iteration 1 on with the answers of two opponents
+    # Game: iterations 0 to 3, from iteration 1 on against two opponents
     num_self_play_iterations=4,
     num_train_epochs=[2, 4],
     opponent_history=1,
