@@ -14,7 +14,6 @@
 
 """What a run needs of the device's memory, estimated before the first step from a row as long as one can get."""
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -178,20 +177,22 @@ def available_memory(device: torch.device) -> float:
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
     """
-    Size of the optimizer's state: what an optimizer of the same kind has for one matrix, times their number. Where no
-    other one can be made, as for Adam.
+    Size of the optimizer's state: what a twin of it has for one matrix, times their number. Where the twin takes no step,
+    as for Adam.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     num_bytes = sum(p.nbytes for p in trained)
     optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
-    names = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
     probe = nn.Parameter(torch.zeros(128, 128, device=trained[0].device, dtype=trained[0].dtype))
-    try:
-        twin = type(optimizer)([probe], **{name: optimizer.defaults[name] for name in names})
-    except (TypeError, ValueError):
-        return 2 * num_bytes
     probe.grad = torch.zeros_like(probe)
-    twin.step()
+    # Not made by its class: some of what it was made with, as the number of bits, is not in its `defaults`
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    try:
+        torch.optim.Optimizer.__init__(twin, [optimizer.param_groups[0] | {"params": [probe]}], optimizer.defaults)
+        type(twin).step(twin)  # a scheduler has put another `step` into the instance: the optimizer's own
+    except Exception:  # whatever the class asks for
+        return 2 * num_bytes
     state = [value for value in twin.state[probe].values() if isinstance(value, torch.Tensor)]
     return num_bytes * sum(t.nbytes for t in state) / probe.nbytes
 
