@@ -17,13 +17,14 @@
 import math
 import os
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 import trl.trainer.utils
+from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import PreTrainedModel
@@ -46,8 +47,68 @@ _LONG, _SHORT = 256, 32
 DEFAULT_BUDGET = 2**14
 _LARGEST_BUDGET = 2**18
 
-# Log-probs of pairs, with their graph, see [`~pairs.as_preference`]
-Forward = Callable[[list[dict[str, Any]]], torch.Tensor]
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    The largest batch that training may meet.
+
+    Args:
+        forward (`Callable`):
+            Forward pass of training: log-probs of pairs, see [`~pairs.as_preference`].
+        model ([`~transformers.PreTrainedModel`]):
+            Model, prepared for training, in evaluation mode.
+        pair (`dict[str, Any]`):
+            The longest row, with a completion of the full length on either side.
+        size (`int`):
+            Number of such pairs.
+        shares_prefix (`bool`):
+            Whether a pair is one row.
+    """
+
+    forward: Callable[[list[dict[str, Any]]], torch.Tensor]
+    model: PreTrainedModel
+    pair: dict[str, Any]
+    size: int
+    shares_prefix: bool
+
+    def activation_bytes(self) -> float:
+        """What the forward pass keeps for the backward pass, measured with one pair and with two."""
+        one = _saved_bytes(self.forward, self.model, [self.pair])
+        # Not everything grows with the batch: autocast keeps weights in lower precision
+        further = _saved_bytes(self.forward, self.model, [self.pair] * 2) - one if self.size > 1 else 0
+        return one + (self.size - 1) * further
+
+    def layer_bytes(self) -> float:
+        """What one layer keeps for each token."""
+        short = {key: value[:_SHORT] if key.endswith("_ids") else value for key, value in self.pair.items()}
+        num_layers = self.model.config.get_text_config().num_hidden_layers
+        return _saved_bytes(self.forward, self.model, [short]) / sum(_lengths(short)) / num_layers
+
+    def head_bytes(self) -> float:
+        """Logits that TRL's fused head computes anew in the backward pass, and the gradient of its weight."""
+        head = self.model.get_output_embeddings()
+        vocab, width = head.weight.shape
+        prompt, real, generated = _lengths(self.pair)
+        triton, chunk = (
+            trl.trainer.utils._use_triton(head.weight.device),
+            trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE,
+        )
+        # Without Triton, DPOTrainer's layout has every position scored
+        scored = real + generated if triton or self.shares_prefix else 2 * (prompt + max(real, generated))
+        logits = min(self.size * scored, TOKEN_CHUNK_SIZE) * (chunk if triton else _HEAD_TILES * min(vocab, chunk))
+        return 4 * logits + 4 * vocab * width * head.weight.requires_grad
+
+    def generated_token_bytes(self, layer: float, max_new_tokens: int, accelerator: Accelerator) -> float:
+        """What generation needs for each token of a batch."""
+        prompt = self.pair["prompt_ids"][:_LONG]
+        with torch.no_grad(), accelerator.autocast():
+            outputs = self.model(input_ids=torch.tensor([prompt], device=accelerator.device), use_cache=True)
+        layers = getattr(outputs.past_key_values, "layers", ())
+        cache = sum(t.nbytes for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
+        # A cache that grows is copied now and then. The prompt goes through the layers at once. And each row has scores
+        scores = _SCORES * 4 * outputs.logits.size(-1)
+        return 1.5 * cache / len(prompt) + layer + scores / max_new_tokens
 
 
 @dataclass
@@ -58,9 +119,7 @@ class MemoryEstimate:
     gradients: float
     optimizer: float
     activations: float  # what the forward pass keeps for the backward pass
-    temporary: (
-        float  # what the backward pass needs beside that: tiles of logits, or a layer that is computed once more
-    )
+    temporary: float  # what the backward pass needs beside that: tiles of logits, or a layer computed once more
     gradients_stay: bool  # whether gradients of earlier batches are there in the forward pass
     available: float  # what the process has taken and can still take
 
@@ -82,85 +141,58 @@ class MemoryPlan:
     token_budget: int
 
 
-def plan_spread_memory(args: SPINConfig, processes: Processes, token_budget: int | None) -> MemoryPlan:
+def plan_spread_memory(
+    model: nn.Module, args: SPINConfig, processes: Processes, token_budget: int | None
+) -> MemoryPlan:
     """The plan for a model that is spread over several devices: nothing is estimated, and TRL's default holds."""
-    fsdp = getattr(processes.accelerator.state, "fsdp_plugin", None)
     checkpointing = args.gradient_checkpointing
     if checkpointing is None:
+        fsdp = getattr(processes.accelerator.state, "fsdp_plugin", None)
         checkpointing = fsdp is None or not fsdp.activation_checkpointing
+        if checkpointing:
+            enable_checkpointing(processes.accelerator.unwrap_model(model), args)
     return MemoryPlan(None, checkpointing, token_budget or DEFAULT_BUDGET)
 
 
 def plan_memory(
-    forward: Forward,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    pair: dict[str, Any],
-    args: SPINConfig,
-    processes: Processes,
-    shares_prefix: bool,
-    token_budget: int | None,
+    batch: Batch, optimizer: torch.optim.Optimizer, args: SPINConfig, processes: Processes, token_budget: int | None
 ) -> MemoryPlan:
     """
     Estimates the memory of training, and settles what was left open: checkpointing of activations, which is off if
     training fits without it (and is left on in the model if not), and the size of generation batches, which are as large
-    as fits beside the model. The sizes of what the forward pass keeps are measured, with one pair and with two.
-
-    Args:
-        forward (`Callable`):
-            Forward pass of training.
-        model ([`~transformers.PreTrainedModel`]):
-            Model, prepared for training, in evaluation mode.
-        optimizer (`torch.optim.Optimizer`):
-            Optimizer.
-        pair (`dict[str, Any]`):
-            The longest row, with a completion of the full length on either side, see [`~pairs.as_preference`].
-        args ([`SPINConfig`]):
-            Options.
-        processes ([`~run.processes.Processes`]):
-            Processes, which decide alike.
-        shares_prefix (`bool`):
-            Whether a pair is one row.
-        token_budget (`int`, *optional*):
-            Size of generation batches, if it is given.
-
-    Returns:
-        [`MemoryPlan`]: Estimate and decisions.
+    as fits beside the model. All processes decide alike.
     """
     clear_device_cache()
-    short = {key: value[:_SHORT] if key.endswith("_ids") else value for key, value in pair.items()}
+    model, accelerator, checkpointing = batch.model, processes.accelerator, args.gradient_checkpointing
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    batch_size = args.per_device_train_batch_size
     estimate = MemoryEstimate(
         weights=sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) + (args.world_size > 1) * trained,
         gradients=trained,
         optimizer=optimizer_bytes(optimizer, model),
         activations=math.inf,
-        temporary=_head_bytes(model, pair, batch_size, shares_prefix),
+        temporary=batch.head_bytes(),
         gradients_stay=args.gradient_accumulation_steps > 1,
-        available=available_memory(processes.accelerator.device),
+        available=available_memory(accelerator.device),
     )
     room = _SAFE_SHARE * estimate.available
     # In evaluation mode, nothing is checkpointed
-    layer = _saved_bytes(forward, model, [short]) / _num_tokens(short) / _text_config(model).num_hidden_layers
-    checkpointing = args.gradient_checkpointing
+    layer = batch.layer_bytes()
+    if not checkpointing:
+        with nullcontext() if checkpointing is False else suppress(torch.OutOfMemoryError):
+            estimate.activations = batch.activation_bytes()
     if checkpointing is None:
-        with suppress(torch.OutOfMemoryError):
-            estimate.activations = _activation_bytes(forward, model, pair, batch_size)
         checkpointing = processes.smallest(room - estimate.peak) < 0
         if checkpointing:
-            enable_checkpointing(processes.accelerator.unwrap_model(model), args)
-    elif not checkpointing:
-        estimate.activations = _activation_bytes(forward, model, pair, batch_size)
+            enable_checkpointing(accelerator.unwrap_model(model), args)
     if checkpointing:
         model.train()
-        estimate.activations = _activation_bytes(forward, model, pair, batch_size)
+        estimate.activations = batch.activation_bytes()
         model.eval()
-        estimate.temporary = max(estimate.temporary, batch_size * _num_tokens(pair) * layer)
+        estimate.temporary = max(estimate.temporary, batch.size * sum(_lengths(batch.pair)) * layer)
 
     if token_budget is None:
-        largest = DEFAULT_BUDGET if processes.accelerator.device.type == "cpu" else _LARGEST_BUDGET
-        per_token = _bytes_per_generated_token(model, pair, layer, args.max_completion_length, processes)
+        largest = DEFAULT_BUDGET if accelerator.device.type == "cpu" else _LARGEST_BUDGET
+        per_token = batch.generated_token_bytes(layer, args.max_completion_length, accelerator)
         tokens = (room - estimate.weights - estimate.optimizer) / per_token
         token_budget = max(1, min(largest, int(processes.smallest(tokens))))
     return MemoryPlan(estimate, checkpointing, token_budget)
@@ -197,19 +229,15 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> float
     return num_bytes * sum(t.nbytes for t in state) / probe.nbytes
 
 
-def _text_config(model: PreTrainedModel):
-    return model.config.get_text_config()
-
-
-def _num_tokens(pair: dict[str, Any]) -> int:
-    return sum(len(pair[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
+def _lengths(pair: dict[str, Any]) -> list[int]:
+    return [len(pair[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-def _saved_bytes(forward: Forward, model: nn.Module, pairs: list[dict[str, Any]]) -> float:
+def _saved_bytes(forward: Callable, model: nn.Module, pairs: list[dict[str, Any]]) -> float:
     """What the forward pass over a batch keeps for the backward pass, beside the weights."""
     saved = {}
 
@@ -221,37 +249,3 @@ def _saved_bytes(forward: Forward, model: nn.Module, pairs: list[dict[str, Any]]
         logps = forward(pairs)  # noqa: F841 - what it keeps goes with it
     weights = _storages([*model.parameters(), *model.buffers()])
     return sum(size for address, size in saved.items() if address not in weights)
-
-
-def _activation_bytes(forward: Forward, model: nn.Module, pair: dict[str, Any], batch_size: int) -> float:
-    one = _saved_bytes(forward, model, [pair])
-    # Not everything grows with the batch: autocast keeps weights in lower precision
-    return one if batch_size == 1 else one + (batch_size - 1) * (_saved_bytes(forward, model, [pair, pair]) - one)
-
-
-def _head_bytes(model: PreTrainedModel, pair: dict[str, Any], batch_size: int, shares_prefix: bool) -> float:
-    """Logits that TRL's fused head computes anew in the backward pass, and the gradient of its weight."""
-    head = model.get_output_embeddings()
-    vocab, width = head.weight.shape
-    prompt, real, generated = (len(pair[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
-    triton = trl.trainer.utils._use_triton(head.weight.device)
-    # Without Triton, DPOTrainer's layout has every position scored
-    scored = real + generated if triton or shares_prefix else 2 * (prompt + max(real, generated))
-    positions = min(batch_size * scored, TOKEN_CHUNK_SIZE)
-    chunk = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    logits = positions * 4 * (chunk if triton else _HEAD_TILES * min(vocab, chunk))
-    return logits + 4 * vocab * width * head.weight.requires_grad
-
-
-def _bytes_per_generated_token(
-    model: PreTrainedModel, pair: dict[str, Any], layer: float, max_new_tokens: int, processes: Processes
-) -> float:
-    prompt = pair["prompt_ids"][:_LONG]
-    with torch.no_grad(), processes.accelerator.autocast():
-        ids = torch.tensor([prompt], device=processes.accelerator.device)
-        outputs = model(input_ids=ids, use_cache=True)
-    layers = getattr(outputs.past_key_values, "layers", ())
-    cache = sum(t.nbytes for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
-    # A cache that grows is copied now and then. The prompt goes through the layers at once. And each row has scores
-    scores = _SCORES * 4 * outputs.logits.size(-1)
-    return 1.5 * cache / len(prompt) + layer + scores / max_new_tokens

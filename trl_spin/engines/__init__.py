@@ -18,7 +18,6 @@ from .base import ENGINES as ENGINES
 from .base import Engine as Engine
 from .base import SamplingOptions as SamplingOptions
 from .base import chosen_engine as chosen_engine
-from .base import forked_rng as forked_rng
 from .continuous_batching import ContinuousBatching as ContinuousBatching
 from .generate import Generate as Generate
 from .vllm import VLLM as VLLM

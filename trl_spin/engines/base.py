@@ -15,7 +15,7 @@
 """What engines have in common: their interface, their registry, and the model made ready to generate."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -80,7 +80,11 @@ class Engine:
 
     name: ClassVar[str]
     flag: ClassVar[str | None] = None  # option that chooses this engine
-    Options: ClassVar[type] = type("Options", (), {"__dataclass_fields__": {}})  # those that no other engine honours
+    reserved: ClassVar[Collection[str]] = ()  # what `generation_kwargs` must not hold
+
+    @dataclass
+    class Options:
+        """Those that no other engine honours."""
 
     def __init_subclass__(cls):
         ENGINES[cls.name] = cls
@@ -169,9 +173,8 @@ def chosen_engine(args: Any) -> type[Engine]:
     """The engine that the options choose. Raises a `ValueError` if they choose two, or set what it cannot honour."""
     chosen = [engine for engine in ENGINES.values() if engine.flag and getattr(args, engine.flag, False)]
     if len(chosen) > 1:
-        raise ValueError(
-            f"{' and '.join(f'`{engine.flag}`' for engine in chosen)} are both set, but one engine generates: set one."
-        )
+        flags = " and ".join(f"`{engine.flag}`" for engine in chosen)
+        raise ValueError(f"{flags} are both set, but one engine generates: set one.")
     engine = chosen[0] if chosen else ENGINES["generate"]
     # An option that has no effect would be taken for one that has
     where = f"to the engine that generates ({engine.name!r})"
@@ -181,16 +184,18 @@ def chosen_engine(args: Any) -> type[Engine]:
     for name, where in refused.items():
         if name in options and getattr(args, name) != options[name].default:
             raise ValueError(f"`{name}={getattr(args, name)!r}` means nothing {where}. Leave it unset.")
+    if reserved := sorted((args.generation_kwargs or {}).keys() & engine.reserved):
+        raise ValueError(
+            f"`generation_kwargs` holds {reserved}, but each prompt gets one completion, sampled with options of their own "
+            "(`temperature`, `top_p`, `top_k`, `min_p`) and ended by the chat template's end tokens. Remove them."
+        )
     engine.check(args)
     return engine
 
 
-@contextmanager
-def forked_rng(device: torch.device) -> Iterator[None]:
+def forked_rng(device: torch.device) -> AbstractContextManager[None]:
     """Leaves torch's random state as it was."""
-    fork = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
-    with torch.random.fork_rng(**fork):
-        yield
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
 def enable_checkpointing(model: PreTrainedModel | PeftModel, args: Any):
@@ -207,14 +212,12 @@ def ready_to_generate(
     model: torch.nn.Module, accelerator: Accelerator, args: Any
 ) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedModel]]:
     """The unwrapped model in evaluation mode, and the one inside its adapter, which has no generation config."""
-    was_training = model.training
-    was_checkpointing = accelerator.unwrap_model(model).is_gradient_checkpointing
-    with (
-        unwrap_model_for_generation(
-            model, accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
-        ) as unwrapped_model,
-        DistributedBackend(accelerator).summon_full_params(model, recurse=False),
-    ):
+    was_training, was_checkpointing = model.training, accelerator.unwrap_model(model).is_gradient_checkpointing
+    unwrapped = unwrap_model_for_generation(
+        model, accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
+    )
+    all_weights = DistributedBackend(accelerator).summon_full_params(model, recurse=False)
+    with unwrapped as unwrapped_model, all_weights:
         unwrapped_model.eval()
         # `generate` fills gaps in a config from the model's own config: leave it nothing to take
         base_model = unwrapped_model.get_base_model() if isinstance(unwrapped_model, PeftModel) else unwrapped_model

@@ -22,16 +22,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from .base import Complete, Engine, forked_rng, grpo_option, ready_to_generate
 
 
 # On a CPU, continuous batching attends from each request to all others, masked: more requests at once cost more than
-# they save
-_CPU_REQUESTS = 32
-_CPU_PAGE_SIZE = 32
+# they save. Left to itself, it would take most of the main memory
+_ON_CPU = {"page_size": 32, "max_batch_tokens": 512, "max_requests_per_batch": 32}
 
 
 @contextmanager
@@ -41,37 +40,21 @@ def _weights_in_autocast_dtype(model: torch.nn.Module, accelerator: Accelerator)
     # get cast copies of their weights, which autocast would make as well, in place of the weights. The weights
     # themselves stay as they are: an assignment to their `data` would lose the hooks that DDP has on their gradients
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    weights, copies = [], {}
+    weights = [
+        (module, name, weight)
+        for module in model.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if dtype is not None and weight.dtype == torch.float32
+    ]
+    shared = {weight for _, _, weight in weights}
+    copies = {weight: torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False) for weight in shared}
     try:
-        for module in model.modules() if dtype is not None else ():
-            for name, weight in list(module.named_parameters(recurse=False)):
-                if weight.dtype == torch.float32:
-                    if weight not in copies:  # some are shared
-                        copies[weight] = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-                    weights.append((module, name, weight))
-                    setattr(module, name, copies[weight])
+        for module, name, weight in weights:
+            setattr(module, name, copies[weight])
         yield
     finally:
         for module, name, weight in weights:
             setattr(module, name, weight)
-
-
-def _config(args: Any, model: PreTrainedModel, prompts: list[list[int]], seed: int, max_new_tokens: int):
-    options = {
-        "seed": seed,
-        "max_memory_percent": 0.5,  # as in GRPOTrainer, since logits are not counted in full
-        "auto_switch_to_flash": model.dtype != torch.float32,  # which flash attention cannot compute
-    }
-    if model.device.type == "cpu":
-        # Left to itself, it would take most of the main memory
-        pages = math.ceil((max(map(len, prompts)) + max_new_tokens) / _CPU_PAGE_SIZE)
-        options |= {
-            "page_size": _CPU_PAGE_SIZE,
-            "num_blocks": pages * min(len(prompts), _CPU_REQUESTS),
-            "max_batch_tokens": 512,
-            "max_requests_per_batch": _CPU_REQUESTS,
-        }
-    return ContinuousBatchingConfig(**options | (args.transformers_continuous_batching_config or {}))
 
 
 class ContinuousBatching(Engine):
@@ -95,12 +78,10 @@ class ContinuousBatching(Engine):
 
     @contextmanager
     def open(self, model: torch.nn.Module) -> Iterator[Complete]:
-        args, sampling = self.args, {"do_sample": self.args.temperature > 0}
-        if args.temperature > 0:
-            sampling |= {option: getattr(args, option) for option in ("temperature", "top_k", "top_p", "min_p")}
-        config = GenerationConfig(
-            **sampling, eos_token_id=self.rules.end_token_ids, pad_token_id=self.rules.tokenizer.pad_token_id
-        )
+        args, rules = self.args, self.rules
+        ends = {"eos_token_id": rules.end_token_ids, "pad_token_id": rules.tokenizer.pad_token_id}
+        names = ("temperature", "top_k", "top_p", "min_p") if args.temperature > 0 else ()
+        sampling = {"do_sample": args.temperature > 0} | {name: getattr(args, name) for name in names}
         with (
             ready_to_generate(model, self.accelerator, args) as (_, base_model),
             _weights_in_autocast_dtype(base_model, self.accelerator),
@@ -108,14 +89,23 @@ class ContinuousBatching(Engine):
             attention = base_model.config._attn_implementation
 
             def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]]:
-                batching = _config(args, base_model, prompts, seeds[0], max_new_tokens)
+                options = {
+                    "seed": seeds[0],
+                    "max_memory_percent": 0.5,  # as in GRPOTrainer, since logits are not counted in full
+                    "auto_switch_to_flash": base_model.dtype != torch.float32,  # which flash attention cannot compute
+                }
+                if base_model.device.type == "cpu":
+                    pages = math.ceil((max(map(len, prompts)) + max_new_tokens) / _ON_CPU["page_size"])
+                    requests = min(len(prompts), _ON_CPU["max_requests_per_batch"])
+                    options |= _ON_CPU | {"num_blocks": pages * requests}
+                options |= args.transformers_continuous_batching_config or {}
                 try:
                     # It seeds the global random generator, and draws from it
                     with forked_rng(base_model.device):
                         outputs = base_model.generate_batch(
                             prompts,
-                            generation_config=config,
-                            continuous_batching_config=batching,
+                            generation_config=GenerationConfig(**sampling, **ends),
+                            continuous_batching_config=ContinuousBatchingConfig(**options),
                             progress_bar=False,
                             max_new_tokens=max_new_tokens,
                         )
@@ -125,12 +115,13 @@ class ContinuousBatching(Engine):
                 # Failures are logged, and come back as empty completions, or not at all (transformers 5.23)
                 errors = [output.error for output in outputs.values() if output.error is not None]
                 if errors or len(outputs) < len(prompts):
+                    failed = len(prompts) - len(outputs) + len(errors)
                     raise ValueError(
-                        f"Continuous batching failed on {len(prompts) - len(outputs) + len(errors)} of {len(prompts)} "
-                        f"prompts: {errors[0] if errors else 'they are missing'}. If its memory is the matter, set "
-                        "`num_blocks`, `max_batch_tokens`, `max_requests_per_batch` or `max_memory_percent` in "
-                        f"`transformers_continuous_batching_config` ({args.transformers_continuous_batching_config}). "
-                        "Or leave `use_transformers_continuous_batching` unset, here and on resume."
+                        f"Continuous batching failed on {failed} of {len(prompts)} prompts: {(errors or ['missing'])[0]}. If "
+                        "memory is the matter, set `num_blocks`, `max_batch_tokens`, `max_requests_per_batch` or "
+                        "`max_memory_percent` in `transformers_continuous_batching_config` "
+                        f"({args.transformers_continuous_batching_config}). Or leave "
+                        "`use_transformers_continuous_batching` unset, here and on resume."
                     )
                 return [output.generated_tokens for output in outputs.values()]
 

@@ -14,7 +14,6 @@
 
 """transformers' `generate`, with samples that depend on their seed alone."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
-    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -34,12 +32,8 @@ from transformers import (
 )
 from trl.trainer.utils import pad
 
-from ..run.processes import StopSignal, explain_out_of_memory
+from ..run.processes import explain_out_of_memory
 from .base import Complete, Engine, grpo_option, ready_to_generate
-
-
-# These act on sampling inside `generate`, which here only takes the argmax (see `SampleByRow`)
-_UNSUPPORTED = set("do_sample num_beams typical_p epsilon_cutoff eta_cutoff top_h num_return_sequences".split())
 
 
 def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) -> list[list[int]]:
@@ -104,64 +98,29 @@ class SampleByRow(LogitsProcessor):
         return scores - exponential.log_()
 
 
-class StopOnSignal(StoppingCriteria):
-    """Ends `generate` at the next token once this process was told to stop."""
-
-    def __init__(self, stop: StopSignal):
-        self.stop = stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        stop = self.stop.signum != 0
-        return torch.full((input_ids.size(0),), stop, dtype=torch.bool, device=input_ids.device)
-
-
-def generation_config(args: Any, end_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
-    """
-    Generation config of the opponent. It is complete: nothing is taken over from the model's own config, whose
-    sampling settings (a temperature of 0.6, say) would make the completions come from another distribution than p_θ.
-    """
-    kwargs = args.generation_kwargs or {}
-    unsupported = sorted(_UNSUPPORTED & kwargs.keys())
-    if unsupported:
-        raise ValueError(
-            f"`generation_kwargs` holds {unsupported}, which self-play does not support: each prompt gets one completion, "
-            "sampled with `temperature`, `top_p`, `top_k` and `min_p`. Remove them."
-        )
-    options = {
-        "do_sample": False,  # `SampleByRow` turns the argmax into a sample
-        "repetition_penalty": args.repetition_penalty,
-        "cache_implementation": args.cache_implementation,
-        "use_cache": True,
-        "eos_token_id": end_token_ids,
-        "pad_token_id": pad_token_id,
-    }
-    return GenerationConfig(**options | kwargs)
-
-
 def sampling_processors(args: Any, seeds: list[int], device: torch.device) -> LogitsProcessorList:
     """
     Logits processors that sample with the given options, in the order in which `generate` applies them, one seed per
     row of the batch; none if `temperature` is 0.
     """
-    processors = LogitsProcessorList()
     if args.temperature == 0:
-        return processors
-    if args.temperature != 1:
-        processors.append(TemperatureLogitsWarper(args.temperature))
-    if args.top_k:
-        processors.append(TopKLogitsWarper(args.top_k))
-    if args.top_p < 1:
-        processors.append(TopPLogitsWarper(args.top_p))
-    if args.min_p is not None:
-        processors.append(MinPLogitsWarper(args.min_p))
-    processors.append(SampleByRow(seeds, device))
-    return processors
+        return LogitsProcessorList()
+    processors = [
+        args.temperature != 1 and TemperatureLogitsWarper(args.temperature),
+        args.top_k and TopKLogitsWarper(args.top_k),
+        args.top_p < 1 and TopPLogitsWarper(args.top_p),
+        args.min_p is not None and MinPLogitsWarper(args.min_p),
+        SampleByRow(seeds, device),
+    ]
+    return LogitsProcessorList(filter(None, processors))
 
 
 class Generate(Engine):
     """transformers' `generate`: a sample depends on its seed alone."""
 
     name = "generate"
+    # These act on sampling inside `generate`, which here only takes the argmax (see `SampleByRow`)
+    reserved = "do_sample num_beams typical_p epsilon_cutoff eta_cutoff top_h num_return_sequences".split()
 
     @dataclass
     class Options:
@@ -173,26 +132,38 @@ class Generate(Engine):
 
     @contextmanager
     def open(self, model: torch.nn.Module) -> Iterator[Complete]:
-        args, pad_token_id = self.args, self.rules.tokenizer.pad_token_id
-        config = generation_config(args, self.rules.end_token_ids, pad_token_id)
+        args, stop, pad_token_id = self.args, self.processes.stop, self.rules.tokenizer.pad_token_id
+        # The config is complete: the model's own sampling settings (a temperature of 0.6, say) would make the completions
+        # come from another distribution than p_θ
+        options = {
+            "do_sample": False,  # `SampleByRow` turns the argmax into a sample
+            "repetition_penalty": args.repetition_penalty,
+            "cache_implementation": args.cache_implementation,
+            "use_cache": True,
+            "eos_token_id": self.rules.end_token_ids,
+            "pad_token_id": pad_token_id,
+            **(args.generation_kwargs or {}),
+        }
+
+        def stopped(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+            return torch.full((len(input_ids),), stop.signum != 0, device=input_ids.device)
+
         with ready_to_generate(model, self.accelerator, args) as (unwrapped_model, _), self.accelerator.autocast():
 
             @torch.no_grad()
             def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]] | None:
                 device = unwrapped_model.device
-                batch_config = copy.deepcopy(config)
-                batch_config.max_new_tokens = max_new_tokens
                 ids = pad([torch.tensor(prompt) for prompt in prompts], pad_token_id, padding_side="left")
                 mask = pad([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], padding_side="left")
                 with explain_out_of_memory("generation", "Lower `generation_token_budget`, here and on resume."):
                     sequences = unwrapped_model.generate(
                         input_ids=ids.to(device),
                         attention_mask=mask.to(device),
-                        generation_config=batch_config,
+                        generation_config=GenerationConfig(**options | {"max_new_tokens": max_new_tokens}),
                         logits_processor=sampling_processors(args, seeds, device),
-                        stopping_criteria=StoppingCriteriaList([StopOnSignal(self.processes.stop)]),
+                        stopping_criteria=StoppingCriteriaList([stopped]),
                     )
-                return None if self.processes.stop.signum else sequences[:, ids.size(1) :].tolist()
+                return None if stop.signum else sequences[:, ids.size(1) :].tolist()
 
             yield complete
 

@@ -16,8 +16,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
@@ -30,26 +30,6 @@ from ..run.processes import explain_out_of_memory
 from .base import Complete, Engine, forked_rng, grpo_option
 
 
-if TYPE_CHECKING:
-    from trl.generation.vllm_generation import VLLMGeneration
-
-# Options that have no effect in the other mode
-_MODES = {
-    "colocate": """
-        vllm_model_impl vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_max_model_length
-        vllm_tensor_parallel_size
-    """.split(),
-    "server": """
-        vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
-    """.split(),
-}
-# Arguments of vLLM's `SamplingParams` that would change what a completion is, or how it is sampled
-_RESERVED = set(
-    """
-    n temperature top_p top_k min_p repetition_penalty max_tokens seed stop stop_token_ids ignore_eos logprobs
-    prompt_logprobs
-    """.split()
-)
 _OUT_OF_MEMORY = "Lower `vllm_gpu_memory_utilization`, set `vllm_enable_sleep_mode`, or use `vllm_mode='server'`, here and on resume."
 
 
@@ -71,19 +51,16 @@ def unchanged_base_weights(model: PreTrainedModel | PeftModel) -> Iterator[None]
             layer.merged_adapters.clear()  # should an error have left the adapter merged
 
 
-def fill_up(prompts: list[list[int]], sizes: list[int]) -> list[list[int]]:
-    """
-    Repeats the first prompt until the batch is as large as that of any process: TRL finds each process's share of the
-    completions by its own number of prompts (trl 1.16).
-    """
-    return prompts + prompts[:1] * (max(sizes) - len(prompts))
-
-
 class VLLM(Engine):
     """vLLM, with the weights as they are now. Samples depend on what else is in the batch."""
 
     name = "vllm"
     flag = "use_vllm"
+    # Arguments of vLLM's `SamplingParams` that would change what a completion is, or how it is sampled
+    reserved = """
+        n temperature top_p top_k min_p repetition_penalty max_tokens seed stop stop_token_ids ignore_eos logprobs
+        prompt_logprobs
+    """.split()
 
     @dataclass
     class Options:
@@ -100,74 +77,66 @@ class VLLM(Engine):
         vllm_max_model_length: int | None = grpo_option("vllm_max_model_length")
         vllm_tensor_parallel_size: int = grpo_option("vllm_tensor_parallel_size")
 
-    _generation: "VLLMGeneration | None" = None  # made at its first use: the trial run before the first iteration
+    _generation = None  # made at its first use: the trial run before the first iteration
 
     @classmethod
     def refused(cls, args: Any) -> dict[str, str]:
-        where = f"to vLLM with `vllm_mode={args.vllm_mode!r}`"
-        return {name: where for mode, names in _MODES.items() if mode != args.vllm_mode for name in names}
+        names = [option.name for option in fields(cls.Options)]
+        server = [name for name in names if name.startswith(("vllm_server_", "vllm_group_port"))]
+        colocate = [name for name in names if name not in (*server, "use_vllm", "vllm_mode")]
+        others = colocate if args.vllm_mode == "server" else server
+        return dict.fromkeys(others, f"to vLLM with `vllm_mode={args.vllm_mode!r}`")
 
     @classmethod
     def check(cls, args: Any, model: str | PreTrainedModel | PeftModel | None = None):
-        if args.vllm_mode not in _MODES:
+        if args.vllm_mode not in ("colocate", "server"):
             raise ValueError(f"`vllm_mode` must be 'colocate' or 'server', got {args.vllm_mode!r}.")
-        reserved = sorted(_RESERVED & set(args.generation_kwargs or {}))
-        if reserved:
-            raise ValueError(
-                f"`generation_kwargs` holds {reserved}, which self-play sets itself for vLLM, from options of their own "
-                "and the end tokens of the chat template. Remove them."
-            )
         if model is None:
             return
         if not is_vllm_available():
-            raise ImportError(
-                "`use_vllm=True` needs vLLM: `pip install trl-spin[vllm]`, or leave `use_vllm` unset, which generates "
-                "with transformers."
-            )
+            raise ImportError("`use_vllm=True` needs vLLM: `pip install trl-spin[vllm]`, or leave `use_vllm` unset.")
         if getattr(model, "is_quantized", False):
             raise ValueError(
-                f"`use_vllm=True` cannot generate with a model quantized by {model.quantization_method.value}: vLLM "
-                "needs the adapter merged into the weights, and merged into quantized weights it is rounded, so the "
-                "opponent would not be the reference. Leave `use_vllm` unset, or set "
-                "`use_transformers_continuous_batching`."
+                f"vLLM cannot generate with a model quantized by {model.quantization_method.value}: the adapter, merged "
+                "into quantized weights, is rounded, and the opponent would not be the reference. Leave `use_vllm` unset, "
+                "or set `use_transformers_continuous_batching`."
             )
         if args.vllm_mode == "colocate" and not isinstance(model, str) and not model.name_or_path:
             raise ValueError(
-                "`use_vllm=True` builds vLLM's model from files, and this model was loaded from none (its `name_or_path` "
-                "is empty). Save it with `save_pretrained`, its tokenizer too, and pass the path instead."
+                "vLLM builds its model from files, and this model was loaded from none (its `name_or_path` is empty). Save "
+                "it with `save_pretrained`, its tokenizer too, and pass the path instead."
             )
 
-    def _connect(self, model: PreTrainedModel | PeftModel) -> "VLLMGeneration":
+    def _connect(self, model: PreTrainedModel | PeftModel):
         """Builds vLLM's copy of the model, or connects to its server."""
         from trl.generation.vllm_generation import VLLMGeneration  # where vLLM is installed, this imports it
 
         args = self.args
-        options = {name: getattr(args, name) for name in self.Options.__dataclass_fields__ if name.startswith("vllm_")}
-        options["vllm_max_model_length"] = args.vllm_max_model_length or self.rules.max_length
-        shared = ("trust_remote_code", "repetition_penalty", "temperature", "top_p", "top_k")
+        own = [option.name for option in fields(self.Options) if option.name != self.flag]
+        shared = ["trust_remote_code", "repetition_penalty", "temperature", "top_p", "top_k"]
+        options = {name.removeprefix("vllm_"): getattr(args, name) for name in own + shared}
+        options["max_model_length"] = args.vllm_max_model_length or self.rules.max_length
+        # A completion ends at our end tokens and nowhere else, whatever the model's own config says
+        ends = {"ignore_eos": True, "stop_token_ids": self.rules.end_token_ids}
         return VLLMGeneration(
             model=model,
             accelerator=self.accelerator,
             processing_class=self.rules.tokenizer,
             logprobs=None,  # the trainer scores the completions itself: vLLM's numbers are off by more than λ allows
             min_p=args.min_p or 0.0,
-            # A completion ends at our end tokens and nowhere else, whatever the model's own config says
-            generation_kwargs=(args.generation_kwargs or {})
-            | {"ignore_eos": True, "stop_token_ids": self.rules.end_token_ids},
-            **{name: getattr(args, name) for name in shared},
-            **{name.removeprefix("vllm_"): value for name, value in options.items()},
+            generation_kwargs=(args.generation_kwargs or {}) | ends,
+            **options,
         )
 
     @contextmanager
     def open(self, model: torch.nn.Module) -> Iterator[Complete]:
         args, accelerator, synced = self.args, self.accelerator, False
         if self._generation is None:
-            sharded = (
-                accelerator.distributed_type == DistributedType.FSDP
-            )  # whose wrapper the Trainer takes for the model
+            # FSDP's wrapper is what the Trainer takes for the model
+            wrapped = accelerator.distributed_type == DistributedType.FSDP
             # It seeds torch's random generators
             with forked_rng(accelerator.device), explain_out_of_memory("generation", _OUT_OF_MEMORY):
-                self._generation = self._connect(model if sharded else accelerator.unwrap_model(model))
+                self._generation = self._connect(model if wrapped else accelerator.unwrap_model(model))
         vllm = self._generation
 
         def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]]:
@@ -184,9 +153,9 @@ class VLLM(Engine):
                 first = accelerator.process_index - accelerator.process_index % args.vllm_tensor_parallel_size
                 torch.manual_seed(shares[first][1])
                 vllm.max_completion_length = max_new_tokens
-                _, generated, _, _ = vllm.generate(
-                    prompts=fill_up(prompts, [size for size, _ in shares]), images=None, num_generations=1
-                )
+                # TRL finds each process's share of the completions by its own number of prompts (trl 1.16)
+                missing = max(size for size, _ in shares) - len(prompts)
+                _, generated, _, _ = vllm.generate(prompts + prompts[:1] * missing, images=None, num_generations=1)
             return [list(ids) for ids in generated[: len(prompts)]]
 
         yield complete
