@@ -75,8 +75,8 @@ class SPINConfig(Generate.Options, ContinuousBatching.Options, VLLM.Options, Sam
     This class includes only the parameters that are specific to SPIN training. For a full list of training arguments,
     please refer to the [`~trl.DPOConfig`] and [`~transformers.TrainingArguments`] documentation. Note that default
     values in this class may differ from those in these classes. Parameters of generation that are not listed here have
-    the names, defaults and meanings of [`~trl.GRPOConfig`]: `max_completion_length`, `temperature`, `top_p`, `top_k`,
-    `min_p`, `repetition_penalty`, `cache_implementation`, `ds3_gather_for_generation`, `use_vllm` and `vllm_...`,
+    the names, defaults and meanings of [`~trl.GRPOConfig`]: `top_p`, `top_k`, `min_p`,
+    `repetition_penalty`, `cache_implementation`, `ds3_gather_for_generation`, `use_vllm` and `vllm_...`,
     `use_transformers_continuous_batching` and `transformers_continuous_batching_config`.
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
@@ -162,6 +162,11 @@ class SPINConfig(Generate.Options, ContinuousBatching.Options, VLLM.Options, Sam
 
         > Parameters that control generation
 
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Maximum number of tokens of a generated completion.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature for sampling. `1.0` samples from the opponent's own distribution, which the theory needs; `0.0`
+            decodes greedily.
         generation_kwargs (`dict[str, Any]`, *optional*):
             Additional keyword arguments for [`~transformers.GenerationConfig`], such as `suppress_tokens`. With
             `use_vllm`, for vLLM's `SamplingParams`, such as `frequency_penalty`.
@@ -257,7 +262,9 @@ class SPINConfig(Generate.Options, ContinuousBatching.Options, VLLM.Options, Sam
     held_out_size: int = 0
     chat_template_kwargs: dict[str, Any] | str | None = None
 
-    # Parameters that control what becomes of completions
+    # Parameters that control generation
+    max_completion_length: int = 512
+    generation_token_budget: int | None = None
     truncated_completions: str = field(default="keep", metadata={"choices": ["keep", "drop", "cut_real"]})
     play_empty_completions: bool = False
 

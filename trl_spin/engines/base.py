@@ -17,7 +17,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields, make_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -41,26 +41,18 @@ LARGE_BATCH = 4096
 Complete = Callable[[list[list[int]], list[int], int], list[list[int]] | None]
 
 
-def grpo_option(name: str) -> Any:
-    """A field with name, default and help of [`~trl.GRPOConfig`]."""
-    option = GRPOConfig.__dataclass_fields__[name]
-    return field(default=option.default, metadata=option.metadata)
+def grpo_options(names: str) -> type:
+    """A dataclass of options that have name, type, default and help of [`~trl.GRPOConfig`]."""
+    options = [GRPOConfig.__dataclass_fields__[name] for name in names.split()]
+    return make_dataclass(
+        "Options", [(o.name, o.type, field(default=o.default, metadata=o.metadata)) for o in options]
+    )
 
 
-@dataclass
-class SamplingOptions:
-    """Options of all engines."""
-
-    max_completion_length: int = grpo_option("max_completion_length")
-    temperature: float = grpo_option("temperature")
-    top_p: float = grpo_option("top_p")
-    top_k: int = grpo_option("top_k")
-    min_p: float | None = grpo_option("min_p")
-    repetition_penalty: float = grpo_option("repetition_penalty")
-    generation_kwargs: dict[str, Any] | str | None = grpo_option("generation_kwargs")
-    generation_token_budget: int | None = None
-    ds3_gather_for_generation: bool = grpo_option("ds3_gather_for_generation")
-
+# Options of all engines
+SamplingOptions = grpo_options(
+    "temperature top_p top_k min_p repetition_penalty generation_kwargs ds3_gather_for_generation"
+)
 
 ENGINES: dict[str, type["Engine"]] = {}
 
@@ -82,9 +74,7 @@ class Engine:
     flag: ClassVar[str | None] = None  # option that chooses this engine
     reserved: ClassVar[Collection[str]] = ()  # what `generation_kwargs` must not hold
 
-    @dataclass
-    class Options:
-        """Those that no other engine honours."""
+    Options: ClassVar[type] = grpo_options("")  # those that no other engine honours
 
     def __init_subclass__(cls):
         ENGINES[cls.name] = cls

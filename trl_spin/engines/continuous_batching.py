@@ -17,7 +17,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from accelerate import Accelerator
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-from .base import Complete, Engine, forked_rng, grpo_option, ready_to_generate
+from .base import Complete, Engine, forked_rng, grpo_options, ready_to_generate
 
 
 # On a CPU, continuous batching attends from each request to all others, masked: more requests at once cost more than
@@ -63,12 +62,7 @@ class ContinuousBatching(Engine):
     name = "continuous_batching"
     flag = "use_transformers_continuous_batching"
 
-    @dataclass
-    class Options:
-        use_transformers_continuous_batching: bool = grpo_option("use_transformers_continuous_batching")
-        transformers_continuous_batching_config: dict[str, Any] | str | None = grpo_option(
-            "transformers_continuous_batching_config"
-        )
+    Options = grpo_options("use_transformers_continuous_batching transformers_continuous_batching_config")
 
     @classmethod
     def refused(cls, args: Any) -> dict[str, str]:

@@ -16,7 +16,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from transformers import (
 from trl.trainer.utils import pad
 
 from ..run.processes import explain_out_of_memory
-from .base import Complete, Engine, grpo_option, ready_to_generate
+from .base import Complete, Engine, grpo_options, ready_to_generate
 
 
 def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) -> list[list[int]]:
@@ -122,9 +121,7 @@ class Generate(Engine):
     # These act on sampling inside `generate`, which here only takes the argmax (see `SampleByRow`)
     reserved = "do_sample num_beams typical_p epsilon_cutoff eta_cutoff top_h num_return_sequences".split()
 
-    @dataclass
-    class Options:
-        cache_implementation: str | None = grpo_option("cache_implementation")
+    Options = grpo_options("cache_implementation")
 
     def batches(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         lengths = [len(prompt) for prompt in prompts]

@@ -16,7 +16,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from trl.import_utils import is_vllm_available
 
 from ..run.processes import explain_out_of_memory
-from .base import Complete, Engine, forked_rng, grpo_option
+from .base import Complete, Engine, forked_rng, grpo_options
 
 
 _OUT_OF_MEMORY = "Lower `vllm_gpu_memory_utilization`, set `vllm_enable_sleep_mode`, or use `vllm_mode='server'`, here and on resume."
@@ -62,20 +62,10 @@ class VLLM(Engine):
         prompt_logprobs
     """.split()
 
-    @dataclass
-    class Options:
-        use_vllm: bool = grpo_option("use_vllm")
-        vllm_mode: str = grpo_option("vllm_mode")
-        vllm_model_impl: str = grpo_option("vllm_model_impl")
-        vllm_enable_sleep_mode: bool = grpo_option("vllm_enable_sleep_mode")
-        vllm_server_base_url: str | None = grpo_option("vllm_server_base_url")
-        vllm_server_host: str = grpo_option("vllm_server_host")
-        vllm_server_port: int = grpo_option("vllm_server_port")
-        vllm_server_timeout: float = grpo_option("vllm_server_timeout")
-        vllm_group_port: int = grpo_option("vllm_group_port")
-        vllm_gpu_memory_utilization: float = grpo_option("vllm_gpu_memory_utilization")
-        vllm_max_model_length: int | None = grpo_option("vllm_max_model_length")
-        vllm_tensor_parallel_size: int = grpo_option("vllm_tensor_parallel_size")
+    Options = grpo_options("""
+        use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port
+        vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size
+    """)
 
     _generation = None  # made at its first use: the trial run before the first iteration
 
