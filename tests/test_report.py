@@ -30,10 +30,10 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_spin.__main__ import main
-from trl_spin.game import load_game
 from trl_spin.report import card
 from trl_spin.report.page import summary_rows, write_report
 from trl_spin.report.reader import read_run
+from trl_spin.run.games import load_game
 
 
 class Page(HTMLParser):

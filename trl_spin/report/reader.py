@@ -14,7 +14,6 @@
 
 """Reads what a run has left on disk, for the report and the model card."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -26,12 +25,13 @@ from typing import Any
 import numpy as np
 from pyarrow import Table, compute
 
-from ..run.files import HISTORY, PROBES, RECORD
+from ..run.files import HISTORY, PROBES, RECORD, SETTINGS, game_dir, model_dir, read_json
 from ..run.games import load_game, read_manifest
 from .signals import metric_prefix
 
 
 SIDES = ("real", "generated")
+PER_ITERATION = ("beta", "learning_rate", "num_train_epochs")
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Iteration:
     number: int
     manifest: dict[str, Any]
     record: dict[str, Any]
+    values: dict[str, Any]  # its settings, as planned or as played, and all metrics
     completions: dict[str, Completions]
 
 
@@ -75,7 +76,7 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     iterations: list[Iteration] = field(default_factory=list)
-    probes: dict[int, list[dict]] = field(default_factory=dict)
+    probes: dict[int, dict[str, Any]] = field(default_factory=dict)  # by row, with the completions by model
     log_history: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -115,7 +116,7 @@ class Run:
         for iteration in self.iterations:
             for name in values:
                 prefix = metric_prefix(name)
-                if is_number(before := iteration.manifest["metrics"].get(f"{prefix}self_play/nll_real")):
+                if is_number(before := iteration.values.get(f"{prefix}self_play/nll_real")):
                     values[name][iteration.number - 1] = before
                 # On training data it is an average over the iteration's steps, not the finished model's
                 if name != "train" and is_number(after := iteration.record.get(f"{prefix}nll/real")):
@@ -146,31 +147,37 @@ def read_run(output_dir: str | Path) -> Run:
     """
     run = Run(Path(output_dir))
     directory = run.output_dir / "self_play"
-    if not (directory / "run.json").is_file():
+    if not (directory / SETTINGS).is_file():
         raise FileNotFoundError(
-            f"{run.output_dir} holds no run: {directory / 'run.json'} does not exist. Give the `output_dir` of a run "
+            f"{run.output_dir} holds no run: {directory / SETTINGS} does not exist. Give the `output_dir` of a run "
             "that has begun."
         )
-    content = _read_json(run, directory / "run.json", {})
+    content = _read_json(run, directory / SETTINGS, {})
     run.settings, run.versions = content.get("settings", {}), content.get("versions", {})
     for number in _numbers(directory.glob("iteration-*")):
-        _read_iteration(run, directory / f"iteration-{number}", number)
-    run.log_history = _read_log_history(run)
+        _read_iteration(run, number)
+    log_history = _read_json(run, directory / HISTORY, [])
+    for number in _numbers(run.output_dir.glob("checkpoint-*")) if not log_history else ():
+        state = _read_json(run, run.output_dir / f"checkpoint-{number}" / "trainer_state.json", {})
+        log_history = state.get("log_history") or log_history
+    # The last entry sums up the whole training
+    run.log_history = [logs for logs in log_history if is_number(logs.get("step")) and "train_runtime" not in logs]
     _note_what_is_missing(run)
     return run
 
 
-def _read_iteration(run: Run, directory: Path, number: int):
+def _read_iteration(run: Run, number: int):
+    directory = game_dir(run.output_dir, number)
     manifest = _attempt(run, read_manifest, str(run.output_dir), number)
     # The last model's probes stand in the folder of an iteration that is not played
-    if probes := _read_json(run, directory / PROBES, []):
-        run.probes[number] = probes
+    for probe in _read_json(run, directory / PROBES, []):
+        run.probes.setdefault(probe["row"], probe | {"by_model": {}})["by_model"][number] = probe["generated"]
     if manifest is None:
         # What is there after the last iteration was written to measure its model
         if number < run.planned and any(directory.glob("completions-*")):
             run.notes.append(f"Iteration {number} has no pairs yet: its opponent has not completed all prompts.")
         return
-    record = _read_json(run, run.output_dir / f"iteration-{number}" / RECORD, {})
+    record = _read_json(run, model_dir(run.output_dir, number) / RECORD, {})
     if not record:
         run.notes.append(f"Iteration {number} is not finished, or its model was deleted: there is no {RECORD}.")
     completions = {}
@@ -178,17 +185,9 @@ def _read_iteration(run: Run, directory: Path, number: int):
         table = pairs.data.table
         # Completions by earlier opponents belong to earlier iterations
         completions[name] = Completions(table.filter(compute.equal(table["opponent"], number)))
-    run.iterations.append(Iteration(number, manifest, record, completions))
-
-
-def _read_log_history(run: Run) -> list[dict[str, Any]]:
-    log_history = _read_json(run, run.output_dir / "self_play" / HISTORY, [])
-    if not log_history:
-        for number in _numbers(run.output_dir.glob("checkpoint-*")):
-            state = _read_json(run, run.output_dir / f"checkpoint-{number}" / "trainer_state.json", {})
-            log_history = state.get("log_history") or log_history
-    # The last entry sums up the whole training
-    return [logs for logs in log_history if is_number(logs.get("step")) and "train_runtime" not in logs]
+    planned = {key: run.settings[key][number] for key in PER_ITERATION if number < len(run.settings.get(key, []))}
+    values = planned | manifest["metrics"] | record
+    run.iterations.append(Iteration(number, manifest, record, values, completions))
 
 
 def _note_what_is_missing(run: Run):
@@ -197,14 +196,13 @@ def _note_what_is_missing(run: Run):
     if lost := [str(number) for number in finished if number not in numbers]:
         run.notes.append(f"The games of these iterations are missing: {', '.join(lost)}.")
     begun = max(numbers, default=-1) + 1
-    if begun < run.planned:
-        run.notes.append(f"{begun} of {run.planned} iterations have begun.")
-    if not run.held_out:
-        run.notes.append("There are no held-out prompts. Accuracy and margin on training pairs may be memorization.")
-    if not run.probes:
-        run.notes.append("There are no probes.")
-    if not run.log_history:
-        run.notes.append("There are no curves: neither self_play/log_history.json nor a checkpoint was found.")
+    notes = {
+        f"{begun} of {run.planned} iterations have begun.": begun < run.planned,
+        "There are no held-out prompts. Accuracy and margin on training pairs may be memorization.": not run.held_out,
+        "There are no probes.": not run.probes,
+        "There are no curves: neither self_play/log_history.json nor a checkpoint was found.": not run.log_history,
+    }
+    run.notes += [note for note, holds in notes.items() if holds]
 
 
 def _numbers(paths: Iterable[Path]) -> list[int]:
@@ -212,13 +210,11 @@ def _numbers(paths: Iterable[Path]) -> list[int]:
 
 
 def _read_json(run: Run, path: Path, default: Any) -> Any:
-    if not path.is_file():
-        return default
-    content = _attempt(run, lambda: json.loads(path.read_text(encoding="utf-8")))
-    if content is None:
+    """Content of a file that may be missing."""
+    content = _attempt(run, read_json, path)
+    if content is None and path.is_file():
         run.notes.append(f"{path.relative_to(run.output_dir)} cannot be read.")
-        return default
-    return content
+    return default if content is None else content
 
 
 def _attempt(run: Run, function: Callable, *args: Any) -> Any:
