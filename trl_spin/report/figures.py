@@ -15,14 +15,14 @@
 """The figures of the report. The only module that needs matplotlib."""
 
 import math
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from itertools import cycle
 from pathlib import Path
 
 import matplotlib.style
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -36,26 +36,7 @@ LOOKS = {
     "generated": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
 }
 POINTS = {"linestyle": "none", "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.5, "clip_on": False}
-# What the panels of the training figure show of the logs: by legend ("" for the only line), the metric
-TRAINING_PANELS = {
-    "loss": {"": "loss"},
-    "accuracy (reward of real > generated)": {"": "rewards/accuracies"},
-    "margin (reward of real - generated)": {"": "rewards/margins"},
-    "rewards: λ log(player / opponent)": {"real": "rewards/real", "generated": "rewards/generated"},
-    "log-probs of the completions": {"real": "logps/real", "generated": "logps/generated"},
-    "NLL of the real completions, per token": {"": "nll/real"},
-    "learning rate": {"": "learning_rate"},
-    "gradient norm": {"": "grad_norm"},
-    "entropy, per token": {"": "entropy"},
-}
-# What panels of the iterations figure show: of each dataset's evaluation, and of the games by legend
-END_PANELS = {"accuracy at the end": "rewards/accuracies", "margin at the end": "rewards/margins"}
-GAME_PANELS = {
-    "length of the completions, tokens": {"real": "mean_length_real", "generated": "mean_length_generated"},
-    "share of the generated completions": {"truncated": "truncated", "empty": "empty", "identical": "identical"},
-    "share of distinct completions": {"real": "distinct_real", "generated": "distinct_generated"},
-    "AUC of one number alone": {"length": "auc_length", "first token": "auc_first_token", "log-prob": "auc_logps"},
-}
+PANELS = tomllib.loads(Path(__file__).with_name("panels.toml").read_text(encoding="utf-8"))
 
 
 def style() -> AbstractContextManager:
@@ -80,14 +61,14 @@ def draw_all(run: Run) -> Iterator[tuple[str, str, Figure | None]]:
 def draw_training(run: Run) -> Figure | None:
     """Curves over the steps, with a gap where an iteration begins: from there on, the opponent is another."""
     logged = {key for logs in run.log_history for key in logs}
-    panels = {title: lines for title, lines in TRAINING_PANELS.items() if logged.intersection(lines.values())}
+    panels = {title: lines for title, lines in PANELS["training"].items() if logged.intersection(lines.values())}
     if not panels:
         return None
-    figure, all_axes = _grid(len(panels), num_columns=3, height=2.15)
+    figure, all_axes = _grid(panels, num_columns=3, height=2.15, xlabel="step; number and shade: iteration")
     of_training, *of_held_out = matplotlib.rcParams["axes.prop_cycle"]
     starts = list(run.starts.values())
     ends = [*starts[1:], max(logs["step"] for logs in run.log_history)]
-    for ax, (title, lines) in zip(all_axes, panels.items(), strict=True):
+    for ax, lines in zip(all_axes, panels.values(), strict=True):
         for side, key in lines.items():
             of_side = f"{side}, " if side else ""
             look = LOOKS.get(side, of_training)
@@ -108,9 +89,6 @@ def draw_training(run: Run) -> Figure | None:
                 place = {"x": (first + end) / 2, "y": 0.99, "transform": ax.get_xaxis_transform()}
                 ax.text(**place, s=number, ha="center", va="top", fontsize=8, color="0.45")
         ax.margins(x=0.01, y=0.14)
-        ax.set_title(title)
-    for ax in all_axes[-3:]:
-        ax.set_xlabel("step; number and shade: iteration")
     _legend(figure)
     return figure
 
@@ -123,16 +101,16 @@ def draw_iterations(run: Run) -> Figure | None:
     for name, values in likelihoods.items():
         lines[name] = [(model, nll, None, None) for model, nll in zip(models, values, strict=True) if nll is not None]
     panels = [("NLL of the real completions, per token", "model", models, lines)]
-    for title, key in END_PANELS.items():
+    for title, key in PANELS["end"].items():
         lines = {name: _points(run, metric_prefix(name) + key) for name in run.datasets}
         panels.append((title, "iteration", numbers, lines))
-    for title, keys in GAME_PANELS.items():
+    for title, keys in PANELS["game"].items():
         lines = {label: _points(run, f"self_play/{key}") for label, key in keys.items()}
         panels.append((title, "opponent of iteration", numbers, lines))
     panels = [panel for panel in panels if any(panel[-1].values())]
     if not panels:
         return None
-    figure, all_axes = _grid(len(panels), num_columns=3, height=2.3)
+    figure, all_axes = _grid([title for title, *_ in panels], num_columns=3, height=2.3)
     for ax, (title, xlabel, ticks, lines) in zip(all_axes, panels, strict=True):
         for (label, points), look in zip(lines.items(), cycle(matplotlib.rcParams["axes.prop_cycle"])):
             if points:
@@ -146,7 +124,7 @@ def draw_iterations(run: Run) -> Figure | None:
             ax.axhline(0.5, color="0.5", linewidth=0.9, linestyle=":")
             where = ax.get_yaxis_transform()
             ax.annotate("chance", (1, 0.5), (0, -10), where, "offset points", ha="right", fontsize=8, color="0.4")
-        ax.set(title=title, xlabel=xlabel)
+        ax.set_xlabel(xlabel)
         ax.margins(x=0.08, y=0.15)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if xlabel == "model" or len(ticks) <= 12:
@@ -166,11 +144,11 @@ def draw_histograms(
     panels: dict[int, dict[str, np.ndarray]], xlabel: str, whole_numbers: bool = False, mark: float | None = None
 ) -> Figure | None:
     """Shares of the completions by a number of theirs: a panel per iteration, with a distribution per side."""
-    panels = {number: {s: values for s, values in sides.items() if len(values)} for number, sides in panels.items()}
-    panels = {number: sides for number, sides in panels.items() if sides}
-    if not panels:
+    drawn = {number: {s: values for s, values in sides.items() if len(values)} for number, sides in panels.items()}
+    drawn = {f"iteration {number}": sides for number, sides in drawn.items() if sides}
+    if not drawn:
         return None
-    everything = np.concatenate([values for sides in panels.values() for values in sides.values()])
+    everything = np.concatenate([values for sides in drawn.values() for values in sides.values()])
     low, high = everything.min(), everything.max()
     if whole_numbers and high - low <= 40:
         edges = np.arange(low - 0.5, high + 1)
@@ -178,8 +156,8 @@ def draw_histograms(
         # A few outliers would squeeze all others into one bar: they are counted in the outermost ones
         low, high = np.quantile(everything, [0.002, 0.998])
         edges = np.linspace(low, high if high > low else low + 1, 41)
-    figure, all_axes = _grid(len(panels), num_columns=4, height=1.9, share_axes=True)
-    for ax, (number, sides) in zip(all_axes, panels.items(), strict=True):
+    figure, all_axes = _grid(drawn, num_columns=4, height=1.9, xlabel=xlabel, share_axes=True)
+    for ax, sides in zip(all_axes, drawn.values(), strict=True):
         for side, values in sides.items():
             shares = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
             color, linestyle = LOOKS[side]["color"], LOOKS[side]["linestyle"]
@@ -189,30 +167,30 @@ def draw_histograms(
         if mark is not None:
             ax.axvline(mark, color="0.2", linewidth=0.9)
         ax.margins(x=0.02)
-        ax.set_title(f"iteration {number}")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole_numbers))
         if ax.get_subplotspec().is_first_col():
             ax.set_ylabel("share of completions")
     all_axes[0].set_ylim(bottom=0)
-    for ax in all_axes[-4:]:
-        ax.set_xlabel(xlabel)
     _legend(figure)
     return figure
 
 
-def _grid(num_panels: int, num_columns: int, height: float, share_axes: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of panels, row by row, without the empty ones of the last row."""
+def _grid(titles: Collection[str], num_columns: int, height: float, xlabel: str = "", share_axes: bool = False):
+    """A figure of panels, row by row, without the empty ones of the last row, and the axes of the panels."""
     # Few panels keep the size that they have among many
-    width = 10 / num_columns
+    num_panels, width = len(titles), 10 / num_columns
     num_columns = min(num_columns, max(2, num_panels))
     num_rows = math.ceil(num_panels / num_columns)
     figure = Figure(figsize=(width * num_columns, height * num_rows + 0.4), layout="constrained")
     all_axes = figure.subplots(num_rows, num_columns, squeeze=False, sharex=share_axes, sharey=share_axes).flatten()
     for ax in all_axes[num_panels:]:
         ax.remove()
-    for ax in all_axes[max(0, num_panels - num_columns) : num_panels]:
-        ax.tick_params(labelbottom=True)
-    return figure, list(all_axes[:num_panels])
+    for i, (ax, title) in enumerate(zip(all_axes, titles, strict=False)):
+        ax.set_title(title)
+        if i + num_columns >= num_panels:
+            ax.tick_params(labelbottom=True)
+            ax.set_xlabel(xlabel)
+    return figure, all_axes[:num_panels]
 
 
 def _legend(figure: Figure):

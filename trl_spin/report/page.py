@@ -25,6 +25,7 @@ import re
 import sys
 from collections import defaultdict
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,9 @@ def write_report(output_dir: str | Path) -> Path:
         `ModuleNotFoundError`: If matplotlib is not installed.
         `FileNotFoundError`: If the directory holds no run.
     """
-    try:
-        from . import figures
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise ModuleNotFoundError(
-            "The report needs matplotlib: `pip install trl-spin[report]`.", name="matplotlib"
-        ) from error
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("The report needs matplotlib: `pip install trl-spin[report]`.", name="matplotlib")
+    from . import figures
 
     run = read_run(output_dir)
     path = run.output_dir / "report" / "report.html"

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +113,15 @@ class Run:
         The models, -1 for the one that self-play started from, and by dataset the negative log-likelihood that each
         gives to the real completions.
         """
-        values = {name: {} for name in self.datasets}
-        for iteration in self.iterations:
-            for name in values:
-                prefix = metric_prefix(name)
-                if is_number(before := iteration.values.get(f"{prefix}self_play/nll_real")):
-                    values[name][iteration.number - 1] = before
-                # On training data it is an average over the iteration's steps, not the finished model's
-                if name != "train" and is_number(after := iteration.record.get(f"{prefix}nll/real")):
-                    values[name][iteration.number] = after
-        models = sorted({model for by_model in values.values() for model in by_model})
+        values = {}
+        for name in self.datasets:
+            prefix = metric_prefix(name)
+            # On training data it is an average over the iteration's steps, not the finished model's
+            after = {i.number: i.values.get(f"{prefix}nll/real") for i in self.iterations if name != "train"}
+            before = {i.number - 1: i.values.get(f"{prefix}self_play/nll_real") for i in self.iterations}
+            nlls = [*after.items(), *before.items()]
+            values[name] = {model: nll for model, nll in nlls if is_number(nll)}
+        models = sorted(set().union(*values.values()))
         return models, {name: [by_model.get(model) for model in models] for name, by_model in values.items()}
 
     def changes(self, name: str) -> dict[int, np.ndarray]:
@@ -152,13 +152,13 @@ def read_run(output_dir: str | Path) -> Run:
             f"{run.output_dir} holds no run: {directory / SETTINGS} does not exist. Give the `output_dir` of a run "
             "that has begun."
         )
-    content = _read_json(run, directory / SETTINGS, {})
+    content = _attempt(run, {}, read_json, directory / SETTINGS)
     run.settings, run.versions = content.get("settings", {}), content.get("versions", {})
     for number in _numbers(directory.glob("iteration-*")):
         _read_iteration(run, number)
-    log_history = _read_json(run, directory / HISTORY, [])
+    log_history = _attempt(run, [], read_json, directory / HISTORY)
     for number in _numbers(run.output_dir.glob("checkpoint-*")) if not log_history else ():
-        state = _read_json(run, run.output_dir / f"checkpoint-{number}" / "trainer_state.json", {})
+        state = _attempt(run, {}, read_json, run.output_dir / f"checkpoint-{number}" / "trainer_state.json")
         log_history = state.get("log_history") or log_history
     # The last entry sums up the whole training
     run.log_history = [logs for logs in log_history if is_number(logs.get("step")) and "train_runtime" not in logs]
@@ -168,20 +168,20 @@ def read_run(output_dir: str | Path) -> Run:
 
 def _read_iteration(run: Run, number: int):
     directory = game_dir(run.output_dir, number)
-    manifest = _attempt(run, read_manifest, str(run.output_dir), number)
+    manifest = _attempt(run, None, read_manifest, str(run.output_dir), number)
     # The last model's probes stand in the folder of an iteration that is not played
-    for probe in _read_json(run, directory / PROBES, []):
+    for probe in _attempt(run, [], read_json, directory / PROBES):
         run.probes.setdefault(probe["row"], probe | {"by_model": {}})["by_model"][number] = probe["generated"]
     if manifest is None:
         # What is there after the last iteration was written to measure its model
         if number < run.planned and any(directory.glob("completions-*")):
             run.notes.append(f"Iteration {number} has no pairs yet: its opponent has not completed all prompts.")
         return
-    record = _read_json(run, model_dir(run.output_dir, number) / RECORD, {})
+    record = _attempt(run, {}, read_json, model_dir(run.output_dir, number) / RECORD)
     if not record:
         run.notes.append(f"Iteration {number} is not finished, or its model was deleted: there is no {RECORD}.")
     completions = {}
-    for name, pairs in (_attempt(run, load_game, str(run.output_dir), number) or {}).items():
+    for name, pairs in _attempt(run, {}, load_game, str(run.output_dir), number).items():
         table = pairs.data.table
         # Completions by earlier opponents belong to earlier iterations
         completions[name] = Completions(table.filter(compute.equal(table["opponent"], number)))
@@ -209,18 +209,12 @@ def _numbers(paths: Iterable[Path]) -> list[int]:
     return sorted(int(path.name.rpartition("-")[2]) for path in paths if re.fullmatch(r"\w+-\d+", path.name))
 
 
-def _read_json(run: Run, path: Path, default: Any) -> Any:
-    """Content of a file that may be missing."""
-    content = _attempt(run, read_json, path)
-    if content is None and path.is_file():
-        run.notes.append(f"{path.relative_to(run.output_dir)} cannot be read.")
-    return default if content is None else content
-
-
-def _attempt(run: Run, function: Callable, *args: Any) -> Any:
+def _attempt(run: Run, default: Any, function: Callable, *args: Any) -> Any:
     # A damaged file costs the report the part that it holds, and no more
     try:
-        return function(*args)
+        return function(*args) or default
+    except JSONDecodeError as error:
+        run.notes.append(f"{args[0]} cannot be read: {error}.")
     except ValueError as error:
         run.notes.append(str(error))
-        return None
+    return default
