@@ -36,7 +36,6 @@ from trl_spin.report import card
 from trl_spin.report.page import write_report
 from trl_spin.report.reader import read_run
 from trl_spin.run.games import load_game
-from trl_spin.run.resume import open_run
 
 
 class Page(HTMLParser):
@@ -89,6 +88,19 @@ def finished(tmp_path_factory):
     play(output_dir, eval_dataset=make_dataset(5), save_strategy="epoch")
     assert write_report(output_dir) == output_dir / "report" / "report.html"
     return output_dir
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run that was stopped before its first opponent had completed a prompt."""
+
+    class Stop(TrainerCallback):
+        def on_epoch_begin(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[Stop()]).train()
+    return tmp_path
 
 
 def test_files_of_a_finished_run(finished):
@@ -245,17 +257,15 @@ def test_a_run_that_stopped_in_the_middle(tmp_path):
     assert {i.number: list(i.completions) for i in read_run(tmp_path).iterations} == {0: ["train"], 1: []}
 
 
-def test_a_run_that_has_just_begun(tmp_path):
-    trainer = make_trainer(tmp_path)
-    open_run(trainer.args, trainer._settings(), False, 1)
-    page = Page(write_report(tmp_path))
+def test_a_run_that_has_just_begun(begun):
+    page = Page(write_report(begun))
     assert "0 of 2 iterations finished" in page.text and "No iteration has been played yet" in page.text
-    (tmp_path / "self_play/iteration-0/completions-0123").mkdir(parents=True)
-    (tmp_path / "self_play/iteration-2/completions-0123").mkdir(parents=True)  # those of the last model
-    page = Page(write_report(tmp_path))
+    (begun / "self_play/iteration-0/completions-0123").mkdir(parents=True)
+    (begun / "self_play/iteration-2/completions-0123").mkdir(parents=True)  # those of the last model
+    page = Page(write_report(begun))
     assert "Iteration 0 has no pairs yet" in page.text and "Iteration 2" not in page.text
-    (tmp_path / "self_play/log_history.json").write_text('[{"step": 1, "loss"')  # cut off
-    assert "log_history.json cannot be read" in Page(write_report(tmp_path)).text
+    (begun / "self_play/log_history.json").write_text('[{"step": 1, "loss"')  # cut off
+    assert "log_history.json cannot be read" in Page(write_report(begun)).text
 
 
 def test_adapters_history_and_several_held_out_sets(tmp_path):

@@ -236,12 +236,12 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = self._group_by_length(dataset, self.args.train_batch_size, seed, lambda: int(self.state.epoch or 0))
-        return sampler or super()._get_train_sampler(train_dataset)
+        grouped = self._group_by_length(dataset, self.args.train_batch_size, seed, lambda: int(self.state.epoch or 0))
+        return grouped or super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
-        sampler = self._group_by_length(eval_dataset, self.args.eval_batch_size, 0, lambda: 0)
-        return sampler or super()._get_eval_sampler(eval_dataset)
+        grouped = self._group_by_length(eval_dataset, self.args.eval_batch_size, 0, lambda: 0)
+        return grouped or super()._get_eval_sampler(eval_dataset)
 
     def _group_by_length(self, dataset, batch_size: int, seed: int, epoch: Callable) -> LengthGroupedSampler | None:
         # The Trainer's own sampler needs a column of lengths, which DPOTrainer drops (trl 1.16)

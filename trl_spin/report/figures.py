@@ -15,7 +15,6 @@
 """The figures of the report. The only module that needs matplotlib."""
 
 import math
-import tomllib
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from itertools import cycle
@@ -28,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .reader import Run
 from .signals import metric_prefix
+from .tables import TITLES
 
 
 # How the two sides look; other lines look as report.mplstyle has it
@@ -36,7 +36,6 @@ LOOKS = {
     "generated": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
 }
 POINTS = {"linestyle": "none", "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.5, "clip_on": False}
-PANELS = tomllib.loads(Path(__file__).with_name("panels.toml").read_text(encoding="utf-8"))
 
 
 def style() -> AbstractContextManager:
@@ -61,7 +60,7 @@ def draw_all(run: Run) -> Iterator[tuple[str, str, Figure | None]]:
 def draw_training(run: Run) -> Figure | None:
     """Curves over the steps, with a gap where an iteration begins: from there on, the opponent is another."""
     logged = {key for logs in run.log_history for key in logs}
-    panels = {title: lines for title, lines in PANELS["training"].items() if logged.intersection(lines.values())}
+    panels = {title: lines for title, lines in TITLES["training"].items() if logged.intersection(lines.values())}
     if not panels:
         return None
     figure, all_axes = _grid(panels, num_columns=3, height=2.15, xlabel="step; number and shade: iteration")
@@ -101,10 +100,10 @@ def draw_iterations(run: Run) -> Figure | None:
     for name, values in likelihoods.items():
         lines[name] = [(model, nll, None, None) for model, nll in zip(models, values, strict=True) if nll is not None]
     panels = [("NLL of the real completions, per token", "model", models, lines)]
-    for title, key in PANELS["end"].items():
+    for title, key in TITLES["end"].items():
         lines = {name: _points(run, metric_prefix(name) + key) for name in run.datasets}
         panels.append((title, "iteration", numbers, lines))
-    for title, keys in PANELS["game"].items():
+    for title, keys in TITLES["game"].items():
         lines = {label: _points(run, f"self_play/{key}") for label, key in keys.items()}
         panels.append((title, "opponent of iteration", numbers, lines))
     panels = [panel for panel in panels if any(panel[-1].values())]

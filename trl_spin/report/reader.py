@@ -71,7 +71,7 @@ class Iteration:
 
 @dataclass
 class Run:
-    """Everything the report is made of. `notes` says what is missing."""
+    """Everything the report is made of. `notes` says what could not be read."""
 
     output_dir: Path
     settings: dict[str, Any] = field(default_factory=dict)
@@ -142,8 +142,8 @@ def is_number(value: Any) -> bool:
 
 def read_run(output_dir: str | Path) -> Run:
     """
-    Reads what a run has left on disk. What is missing or damaged is left out and named in the run's notes. Raises
-    `FileNotFoundError` if the directory holds no run.
+    Reads what a run has left on disk. What is missing or damaged is left out, and named in the run's notes if it
+    should be there. Raises `FileNotFoundError` if the directory holds no run.
     """
     run = Run(Path(output_dir))
     directory = run.output_dir / "self_play"
@@ -162,7 +162,10 @@ def read_run(output_dir: str | Path) -> Run:
         log_history = state.get("log_history") or log_history
     # The last entry sums up the whole training
     run.log_history = [logs for logs in log_history if is_number(logs.get("step")) and "train_runtime" not in logs]
-    _note_what_is_missing(run)
+    finished = _numbers(path.parent for path in run.output_dir.glob(f"iteration-*/{RECORD}"))
+    played = [iteration.number for iteration in run.iterations]
+    if lost := [str(number) for number in finished if number not in played]:
+        run.notes.append(f"The games of these iterations are missing: {', '.join(lost)}.")
     return run
 
 
@@ -178,8 +181,6 @@ def _read_iteration(run: Run, number: int):
             run.notes.append(f"Iteration {number} has no pairs yet: its opponent has not completed all prompts.")
         return
     record = _attempt(run, {}, read_json, model_dir(run.output_dir, number) / RECORD)
-    if not record:
-        run.notes.append(f"Iteration {number} is not finished, or its model was deleted: there is no {RECORD}.")
     completions = {}
     for name, pairs in _attempt(run, {}, load_game, str(run.output_dir), number).items():
         table = pairs.data.table
@@ -188,21 +189,6 @@ def _read_iteration(run: Run, number: int):
     planned = {key: run.settings[key][number] for key in PER_ITERATION if number < len(run.settings.get(key, []))}
     values = planned | manifest["metrics"] | record
     run.iterations.append(Iteration(number, manifest, record, values, completions))
-
-
-def _note_what_is_missing(run: Run):
-    numbers = [iteration.number for iteration in run.iterations]
-    finished = _numbers(path.parent for path in run.output_dir.glob(f"iteration-*/{RECORD}"))
-    if lost := [str(number) for number in finished if number not in numbers]:
-        run.notes.append(f"The games of these iterations are missing: {', '.join(lost)}.")
-    begun = max(numbers, default=-1) + 1
-    notes = {
-        f"{begun} of {run.planned} iterations have begun.": begun < run.planned,
-        "There are no held-out prompts. Accuracy and margin on training pairs may be memorization.": not run.held_out,
-        "There are no probes.": not run.probes,
-        "There are no curves: neither self_play/log_history.json nor a checkpoint was found.": not run.log_history,
-    }
-    run.notes += [note for note, holds in notes.items() if holds]
 
 
 def _numbers(paths: Iterable[Path]) -> list[int]:
