@@ -18,6 +18,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ _MEGA_BATCH = 50
 # (completions that were cut off or ran on) would share a step: in the quickstart, whose rows have 16 to 24 tokens,
 # training suffered from it
 _LENGTH_SPAN = 32
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -83,9 +85,8 @@ def forward_shared(
         [`~trl.trainer.utils.FusedCausalLMOutput`]: Per-token outputs of shape `(2 * batch, seq_len - 1)`, zero where
         there is no completion token.
     """
-    shared_ids, shared_labels, position_ids, branch, index = _share(
-        input_ids, attention_mask, labels, pad_to_multiple_of or 1
-    )
+    shared = _share(input_ids, attention_mask, labels, pad_to_multiple_of or 1)
+    shared_ids, shared_labels, position_ids, branch, index = shared
     with _head_on_labels_only():
         outputs = model(
             input_ids=shared_ids,
@@ -95,14 +96,10 @@ def forward_shared(
             **kwargs,
         )
     label_mask = labels[:, 1:] != -100
-    return FusedCausalLMOutput(
-        label_mask=label_mask,
-        **{
-            name: outputs[name].repeat(2, 1).gather(1, index).masked_fill(~label_mask, 0)
-            for name in _PER_TOKEN_OUTPUTS
-            if outputs.get(name) is not None
-        },
-    )
+    per_token = {name: outputs[name] for name in _PER_TOKEN_OUTPUTS if outputs.get(name) is not None}
+    padded = {name: value.repeat(2, 1).gather(1, index) for name, value in per_token.items()}
+    padded = {name: value.masked_fill(~label_mask, 0) for name, value in padded.items()}
+    return FusedCausalLMOutput(label_mask=label_mask, **padded)
 
 
 def _share(
@@ -131,31 +128,26 @@ def _share(
     return cut(input_ids), cut(next_labels), position_ids, branch, index
 
 
-def _attention_masks(
-    model: PreTrainedModel, branch: torch.Tensor, position_ids: torch.Tensor
-) -> torch.Tensor | dict[str, torch.Tensor]:
+def _attention_masks(model: PreTrainedModel, branch: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor | dict:
     """Which positions each position sees, in the form that transformers hands on to the layers unchanged."""
     config = model.config.get_text_config()
     ones = torch.ones(branch.size(1), branch.size(1), dtype=torch.bool, device=branch.device)
     # Padding is on the right, where only padding sees it
     sees = ones.tril() & ~((branch[:, :, None] == 2) & (branch[:, None, :] == 1))
     window = getattr(config, "sliding_window", None)
-    windowed = sees
-    if window is not None:
-        windowed = sees & (position_ids[:, :, None] - position_ids[:, None, :] < window)
 
-    def finish(mask: torch.Tensor) -> torch.Tensor:
-        mask = mask[:, None]
+    def make_mask(kind: str) -> torch.Tensor:
+        mask = sees
+        if kind == "sliding_attention" and window is not None:
+            mask = sees & (position_ids[:, :, None] - position_ids[:, None, :] < window)
         if config._attn_implementation == "eager":  # is added to the scores, SDPA takes booleans
-            return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
-                ~mask, torch.finfo(model.dtype).min
-            )
-        return mask
+            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+        return mask[:, None]
 
-    kinds = set(getattr(config, "layer_types", None) or ())
+    kinds = getattr(config, "layer_types", None) or ()
     if "sliding_attention" in kinds:  # such models take one mask per type of layer
-        return {"full_attention": finish(sees), "sliding_attention": finish(windowed)}
-    return finish(sees if kinds else windowed)
+        return {kind: make_mask(kind) for kind in _LAYER_TYPES}
+    return make_mask("full_attention" if kinds else "sliding_attention")
 
 
 @contextmanager
@@ -183,8 +175,7 @@ def supports_shared_prefix(model: PreTrainedModel | PeftModel) -> str | None:
         return f"`attn_implementation={config._attn_implementation!r}` takes no mask per row, which 'sdpa' does"
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return f"`{type(model).__name__}` takes no `position_ids`"
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-    if other:
+    if other := sorted(set(getattr(config, "layer_types", None) or ()) - {*_LAYER_TYPES}):
         return f"the model has {other[0]!r} layers, in which a token also depends on tokens that it must not see"
     if getattr(config, "attention_chunk_size", None) is not None:
         return "the model's attention is cut into chunks"
@@ -200,6 +191,7 @@ def pair_lengths(dataset: Dataset, max_length: int | None = None) -> np.ndarray:
     return sequences[0] + sequences[1] - sequences[2]
 
 
+@dataclass(eq=False)
 class LengthGroupedSampler(Sampler[int]):
     """
     Puts rows of similar length into the same step, in an order that is random all the same: the rows are shuffled, cut
@@ -223,14 +215,11 @@ class LengthGroupedSampler(Sampler[int]):
             Returns the number of the epoch that begins.
     """
 
-    def __init__(
-        self, num_rows: int, lengths: Callable[[], np.ndarray], step_size: int, seed: int, epoch: Callable[[], int]
-    ):
-        self.num_rows = num_rows
-        self.lengths = lengths
-        self.step_size = step_size
-        self.seed = seed
-        self.epoch = epoch
+    num_rows: int
+    lengths: Callable[[], np.ndarray]
+    step_size: int
+    seed: int
+    epoch: Callable[[], int]
 
     def __len__(self) -> int:
         return self.num_rows
@@ -244,12 +233,9 @@ class LengthGroupedSampler(Sampler[int]):
         # The rows that are left over after the last full step are random ones, not the shortest
         num_full = len(lengths) // size * size
         order, rest = order[:num_full], order[num_full:]
-        mega_batch = size * max(1, min(_MEGA_BATCH, len(lengths) // (4 * size)))
-        mega_batches = [order[start : start + mega_batch] for start in range(0, num_full, mega_batch)]
-        order = np.concatenate(
-            [rows[np.argsort(-(lengths[rows] // _LENGTH_SPAN), kind="stable")] for rows in mega_batches] + [rest]
-        )
-        steps = np.array_split(order[:num_full], math.ceil(num_full / size)) if num_full else []
+        mega_batch = np.arange(num_full) // (size * max(1, min(_MEGA_BATCH, len(lengths) // (4 * size))))
+        steps = order[np.lexsort((-(lengths[order] // _LENGTH_SPAN), mega_batch))].reshape(-1, size)
         # The first mega-batch begins with the longest row
-        shuffled = [steps[0], *(steps[1 + i] for i in random.permutation(len(steps) - 1))] if steps else []
-        return iter(np.concatenate([*shuffled, rest]).tolist())
+        first, others = steps[:1], steps[1:]
+        shuffled = others[random.permutation(len(others))]
+        return iter(np.concatenate([*first, *shuffled, rest]).tolist())

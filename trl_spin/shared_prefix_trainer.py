@@ -109,18 +109,18 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     def _find_obstacle(self) -> str | None:
         """The reason against shared rows that is known without a forward pass, or `None`."""
         collator = self._pair_collator or self.data_collator
+        is_own = type(collator) is DataCollatorForPreference
         parallelism = self.accelerator.parallelism_config
-        if self._is_vision_dataset:
-            return "the dataset has images"
-        if type(collator) is not DataCollatorForPreference:
-            return "`data_collator` is not TRL's, and may give the two completions different prompts"
-        if collator.truncation_mode == "keep_end" and collator.max_length is not None:
-            return "`truncation_mode='keep_end'` cuts the prompt differently for the two completions"
-        if self.aux_loss_enabled:
-            return "the router's auxiliary loss counts the prompt twice"
-        if parallelism and (parallelism.cp_enabled or parallelism.sp_enabled):
-            return "sequences are split over devices"
-        return supports_shared_prefix(self._unwrap(self.model))
+        cuts_prompt = is_own and collator.truncation_mode == "keep_end" and collator.max_length is not None
+        obstacles = {
+            "the dataset has images": self._is_vision_dataset,
+            "`data_collator` is not TRL's, and may give the two completions different prompts": not is_own,
+            "`truncation_mode='keep_end'` cuts the prompt differently for the two completions": cuts_prompt,
+            "the router's auxiliary loss counts the prompt twice": self.aux_loss_enabled,
+            "sequences are split over devices": parallelism and (parallelism.cp_enabled or parallelism.sp_enabled),
+        }
+        obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
+        return obstacle or supports_shared_prefix(self._unwrap(self.model))
 
     def _compare(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> str | None:
         """The reason why the two layouts do not give the same log-probs, or `None` if they do."""
@@ -236,12 +236,12 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = self._group_by_length(dataset, self.args.train_batch_size, seed, lambda: int(self.state.epoch or 0))
-        return sampler or super()._get_train_sampler(train_dataset)
+        grouped = self._group_by_length(dataset, self.args.train_batch_size, seed, lambda: int(self.state.epoch or 0))
+        return grouped or super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
-        sampler = self._group_by_length(eval_dataset, self.args.eval_batch_size, 0, lambda: 0)
-        return sampler or super()._get_eval_sampler(eval_dataset)
+        grouped = self._group_by_length(eval_dataset, self.args.eval_batch_size, 0, lambda: 0)
+        return grouped or super()._get_eval_sampler(eval_dataset)
 
     def _group_by_length(self, dataset, batch_size: int, seed: int, epoch: Callable) -> LengthGroupedSampler | None:
         # The Trainer's own sampler needs a column of lengths, which DPOTrainer drops (trl 1.16)

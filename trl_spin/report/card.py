@@ -35,15 +35,12 @@ if is_wandb_available():
 def write_model_card(
     path: str | Path,
     *,
-    model_name: str,
-    hub_model_id: str | None,
     base_model: str | None,
-    revision: str | None,
     dataset_name: str | None,
-    data: str,
-    settings: dict[str, Any],
+    model_name: str,
     records: list[dict[str, Any]],
     tags: list[str],
+    **shown: Any,
 ):
     """
     Writes the card of a model that was made by self-play.
@@ -51,24 +48,19 @@ def write_model_card(
     Args:
         path (`str` or `Path`):
             File to write.
-        model_name (`str`):
-            Name of the model.
-        hub_model_id (`str`, *optional*):
-            Its repository on the Hub.
         base_model (`str`, *optional*):
             Name or path of the model that self-play started from.
-        revision (`str`, *optional*):
-            Revision of that model.
         dataset_name (`str`, *optional*):
             Dataset on the Hub to link to.
-        data (`str`):
-            The training data in words.
-        settings (`dict[str, Any]`):
-            Options of the run.
+        model_name (`str`):
+            Name of the model.
         records (`list[dict[str, Any]]`):
             Records of the finished iterations, see [`read_records`].
         tags (`list[str]`):
             Tags.
+        **shown:
+            What else model_card.md shows: `hub_model_id`, repository of the model on the Hub or `None`; `revision` of
+            the base model or `None`; `data`, the training data in words; `settings`, options of the run by name.
     """
     if (trackio_url := get_trackio_space_url()) is not None:
         # In place of the tag that trackio has set, which names the Space but not the run
@@ -88,15 +80,12 @@ def write_model_card(
     ModelCard.from_template(
         card_data,
         template_path=str(Path(__file__).with_name("model_card.md")),
-        start=base_model or "a model without a name",
-        revision=revision,
-        hub_model_id=hub_model_id or model_name,
-        data=data,
-        settings=settings,
+        start=base_model,
         records=records,
         rows=iteration_rows(records),
-        wandb_url=wandb.run.url if is_wandb_available() and wandb.run is not None else None,
+        wandb_run=wandb.run if is_wandb_available() else None,
         trackio_url=trackio_url,
         comet_url=get_comet_experiment_url(),
-        versions={name: version(name) for name in ("trl", "transformers", "torch", "datasets", "tokenizers")},
+        version=version,
+        **shown,
     ).save(path)

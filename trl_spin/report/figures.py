@@ -15,177 +15,116 @@
 """The figures of the report. The only module that needs matplotlib."""
 
 import math
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
+from itertools import cycle
+from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .reader import Run
 from .signals import metric_prefix
+from .tables import TITLES
 
 
-# Colours that colour-blind readers can tell apart (Okabe and Ito); in grey, marker and line style do
+# How the two sides look; other lines look as report.mplstyle has it
 LOOKS = {
     "real": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "generated": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
 }
-SERIES = [
-    {"color": "#000000", "linestyle": "-", "marker": "o"},
-    {"color": "#009E73", "linestyle": "--", "marker": "D"},
-    {"color": "#CC79A7", "linestyle": "-.", "marker": "^"},
-    {"color": "#E69F00", "linestyle": ":", "marker": "v"},
-    {"color": "#56B4E9", "linestyle": "--", "marker": "P"},
-]
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "legend.fontsize": 8,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.8,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "text.parse_math": False,  # a dataset's name may hold a dollar sign
-    "svg.hashsalt": "trl-spin",  # the same run gives the same file
-}
-# What the panels of a training figure show of the logs: by legend ("" for the only line), the metric
-TRAINING_PANELS = {
-    "loss": {"": "loss"},
-    "accuracy (reward of real > generated)": {"": "rewards/accuracies"},
-    "margin (reward of real - generated)": {"": "rewards/margins"},
-    "rewards: λ log(player / opponent)": {"real": "rewards/real", "generated": "rewards/generated"},
-    "log-probs of the completions": {"real": "logps/real", "generated": "logps/generated"},
-    "NLL of the real completions, per token": {"": "nll/real"},
-    "learning rate": {"": "learning_rate"},
-    "gradient norm": {"": "grad_norm"},
-    "entropy, per token": {"": "entropy"},
-}
-# What the panels of an iterations figure show of the games, in the same way
-GAME_PANELS = {
-    "length of the completions, tokens": {"real": "mean_length_real", "generated": "mean_length_generated"},
-    "share of the generated completions": {"truncated": "truncated", "empty": "empty", "identical": "identical"},
-    "share of distinct completions": {"real": "distinct_real", "generated": "distinct_generated"},
-    "AUC of one number alone": {"length": "auc_length", "first token": "auc_first_token", "log-prob": "auc_logps"},
-}
+POINTS = {"linestyle": "none", "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.5, "clip_on": False}
 
 
-@contextmanager
-def style():
+def style() -> AbstractContextManager:
     """Context in which figures look the same, whatever the user's own settings of matplotlib are."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
+    return matplotlib.style.context(Path(__file__).with_name("report.mplstyle"), after_reset=True)
+
+
+def draw_all(run: Run) -> Iterator[tuple[str, str, Figure | None]]:
+    """Kind, dataset ("" for all of them) and picture of each figure, `None` where there is nothing to show."""
+    yield "training", "", draw_training(run)
+    yield "iterations", "", draw_iterations(run)
+    for name in run.datasets:
+        completions = {i.number: i.completions[name] for i in run.iterations if name in i.completions}
+        lengths = {number: sides.lengths for number, sides in completions.items()}
+        yield "lengths", name, draw_histograms(lengths, "tokens", whole_numbers=True)
+        logps = {number: sides.logps_per_token for number, sides in completions.items()}
+        yield "logps", name, draw_histograms(logps, "log-prob per token, nats")
+        changes = {number: {"real": change} for number, change in run.changes(name).items()}
+        yield "changes", name, draw_histograms(changes, "change, nats per token", mark=0)
 
 
 def draw_training(run: Run) -> Figure | None:
     """Curves over the steps, with a gap where an iteration begins: from there on, the opponent is another."""
     logged = {key for logs in run.log_history for key in logs}
-    panels = {title: lines for title, lines in TRAINING_PANELS.items() if logged.intersection(lines.values())}
+    panels = {title: lines for title, lines in TITLES["training"].items() if logged.intersection(lines.values())}
     if not panels:
         return None
-    figure, all_axes = _grid(len(panels), num_columns=3, height=2.15)
-    handles = {}
-    for ax, (title, lines) in zip(all_axes, panels.items(), strict=True):
+    figure, all_axes = _grid(panels, num_columns=3, height=2.15, xlabel="step; number and shade: iteration")
+    of_training, *of_held_out = matplotlib.rcParams["axes.prop_cycle"]
+    starts = list(run.starts.values())
+    ends = [*starts[1:], max(logs["step"] for logs in run.log_history)]
+    for ax, lines in zip(all_axes, panels.values(), strict=True):
         for side, key in lines.items():
-            look = LOOKS[side] if side else SERIES[0]
-            for first, end in _spans(run, math.inf):
+            of_side = f"{side}, " if side else ""
+            look = LOOKS.get(side, of_training)
+            for first, end in zip(starts, ends, strict=True):
                 steps, values = run.series(key, first, end)
-                (line,) = ax.plot(steps, values, **look)
                 # A line of one point would be invisible without its marker
-                line.set_marker(look["marker"] if len(steps) == 1 else "None")
-                handles.setdefault(f"{side}, training" if side else "training", line)
-            for i, name in enumerate(run.held_out):
+                marker = look["marker"] if len(steps) == 1 else "None"
+                ax.plot(steps, values, label=f"{of_side}training", **look | {"marker": marker})
+            for name, look in zip(run.held_out, cycle(of_held_out)):
                 steps, values = run.series(metric_prefix(name) + key, 0, math.inf)
                 if steps:
-                    held_out = SERIES[1 + i % (len(SERIES) - 1)]
-                    (line,) = ax.plot(steps, values, marker=held_out["marker"], markersize=6.5, clip_on=False)
-                    line.set(linestyle="none", markeredgecolor="white", markeredgewidth=0.5)
-                    line.set_color(look["color"] if side else held_out["color"])
-                    handles.setdefault(f"{side}, {name}" if side else name, line)
-        _shade_iterations(ax, run)
-        ax.set_title(title)
-    for ax in all_axes[-3:]:
-        ax.set_xlabel("step; number and shade: iteration")
-    _legend(figure, handles)
+                    color = LOOKS.get(side, look)["color"]
+                    ax.plot(steps, values, label=of_side + name, color=color, marker=look["marker"], **POINTS)
+        for i, (number, first, end) in enumerate(zip(run.starts, starts, ends, strict=True)):
+            if i % 2:
+                ax.axvspan(first, end, color="0.93", linewidth=0, zorder=0)
+            if len(starts) <= 12:
+                place = {"x": (first + end) / 2, "y": 0.99, "transform": ax.get_xaxis_transform()}
+                ax.text(**place, s=number, ha="center", va="top", fontsize=8, color="0.45")
+        ax.margins(x=0.01, y=0.14)
+    _legend(figure)
     return figure
-
-
-def _spans(run: Run, last_step: float) -> list[tuple[float, float]]:
-    """First and last step of each iteration."""
-    starts = list(run.starts.values())
-    return list(zip(starts, [*starts[1:], last_step], strict=True))
-
-
-def _shade_iterations(ax: Axes, run: Run):
-    spans = _spans(run, max(logs["step"] for logs in run.log_history))
-    for i, (number, (first, end)) in enumerate(zip(run.starts, spans, strict=True)):
-        if i % 2:
-            ax.axvspan(first, end, color="0.93", linewidth=0, zorder=0)
-        if len(spans) <= 12:
-            middle, text_height = (first + max(end, first)) / 2, ax.get_xaxis_transform()
-            ax.text(middle, 0.99, number, transform=text_height, ha="center", va="top", fontsize=8, color="0.45")
-    ax.margins(x=0.01, y=0.14)
-
-
-@dataclass
-class _Line:
-    """Values by iteration or model, with the lower and upper ends of their intervals where they were logged."""
-
-    x: list[int]
-    values: list[float | None]
-    low: list[float | None] | None = None
-    high: list[float | None] | None = None
-
-    @property
-    def points(self) -> list[int]:
-        return [j for j, value in enumerate(self.values) if value is not None]
-
-
-def _iteration_panels(run: Run) -> list[tuple[str, str, dict[str, _Line]]]:
-    """Title, label of the x axis and lines of each panel."""
-    numbers = [iteration.number for iteration in run.iterations]
-    metrics = [iteration.manifest["metrics"] for iteration in run.iterations]
-    models, likelihoods = run.likelihoods()
-    lines = {name: _Line(models, values) for name, values in likelihoods.items()}
-    panels = [("NLL of the real completions, per token", "model", lines)]
-    for title, key in {"accuracy at the end": "rewards/accuracies", "margin at the end": "rewards/margins"}.items():
-        lines = {}
-        for name in ["train", *run.held_out]:
-            keys = [metric_prefix(name) + key + end for end in ("", "_low", "_high")]
-            lines[name] = _Line(numbers, *([i.record.get(key) for i in run.iterations] for key in keys))
-        panels.append((title, "iteration", lines))
-    for title, keys in GAME_PANELS.items():
-        lines = {label: _Line(numbers, [m.get(f"self_play/{key}") for m in metrics]) for label, key in keys.items()}
-        panels.append((title, "opponent of iteration", lines))
-    return panels
 
 
 def draw_iterations(run: Run) -> Figure | None:
     """Curves over the iterations, or over the models that they made."""
-    panels = [panel for panel in _iteration_panels(run) if any(line.points for line in panel[2].values())]
+    numbers = [iteration.number for iteration in run.iterations]
+    models, likelihoods = run.likelihoods()
+    lines = {}
+    for name, values in likelihoods.items():
+        lines[name] = [(model, nll, None, None) for model, nll in zip(models, values, strict=True) if nll is not None]
+    panels = [("NLL of the real completions, per token", "model", models, lines)]
+    for title, key in TITLES["end"].items():
+        lines = {name: _points(run, metric_prefix(name) + key) for name in run.datasets}
+        panels.append((title, "iteration", numbers, lines))
+    for title, keys in TITLES["game"].items():
+        lines = {label: _points(run, f"self_play/{key}") for label, key in keys.items()}
+        panels.append((title, "opponent of iteration", numbers, lines))
+    panels = [panel for panel in panels if any(panel[-1].values())]
     if not panels:
         return None
-    figure, all_axes = _grid(len(panels), num_columns=3, height=2.3)
-    for ax, (title, xlabel, lines) in zip(all_axes, panels, strict=True):
-        for i, (label, line) in enumerate(lines.items()):
-            _plot_line(ax, line, label, LOOKS.get(label, SERIES[i % len(SERIES)]))
+    figure, all_axes = _grid([title for title, *_ in panels], num_columns=3, height=2.3)
+    for ax, (title, xlabel, ticks, lines) in zip(all_axes, panels, strict=True):
+        for (label, points), look in zip(lines.items(), cycle(matplotlib.rcParams["axes.prop_cycle"])):
+            if points:
+                x, values, low, high = zip(*points, strict=True)
+                look = LOOKS.get(label, look)
+                ax.plot(x, values, label=label, **look)
+                if None not in low + high:
+                    errors = np.abs(np.subtract(values, (low, high)))
+                    ax.errorbar(x, values, yerr=errors, fmt="none", color=look["color"], capsize=3)
         if title.startswith(("accuracy", "AUC")):
             ax.axhline(0.5, color="0.5", linewidth=0.9, linestyle=":")
             where = ax.get_yaxis_transform()
             ax.annotate("chance", (1, 0.5), (0, -10), where, "offset points", ha="right", fontsize=8, color="0.4")
-        ax.set(title=title, xlabel=xlabel)
+        ax.set_xlabel(xlabel)
         ax.margins(x=0.08, y=0.15)
-        ticks = sorted({x for line in lines.values() for x in line.x})
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if xlabel == "model" or len(ticks) <= 12:
             ax.set_xticks(ticks, ["start" if tick == -1 else tick for tick in ticks])
@@ -194,41 +133,21 @@ def draw_iterations(run: Run) -> Figure | None:
     return figure
 
 
-def _plot_line(ax: Axes, line: _Line, label: str, look: dict[str, str]):
-    if not line.points:
-        return
-    x, values = [line.x[j] for j in line.points], [line.values[j] for j in line.points]
-    ax.plot(x, values, label=label, **look)
-    if line.low and all(line.low[j] is not None and line.high[j] is not None for j in line.points):
-        errors = [[abs(line.values[j] - end[j]) for j in line.points] for end in (line.low, line.high)]
-        ax.errorbar(x, values, yerr=errors, fmt="none", color=look["color"], capsize=3)
+def _points(run: Run, key: str) -> list[tuple]:
+    """Number of each iteration for which there is a metric, its value, and the ends of its interval or `None`."""
+    points = [(i.number, *(i.values.get(key + end) for end in ("", "_low", "_high"))) for i in run.iterations]
+    return [point for point in points if point[1] is not None]
 
 
-def draw_lengths(run: Run, name: str) -> Figure | None:
-    """Lengths of real and generated completions, a panel per iteration."""
-    panels = {f"iteration {i.number}": i.completions[name].lengths for i in run.iterations if name in i.completions}
-    return _draw_histograms(panels, "tokens", whole_numbers=True)
-
-
-def draw_logps(run: Run, name: str) -> Figure | None:
-    """The opponent's log-prob per token of real and generated completions, a panel per iteration."""
-    completions = {i.number: i.completions[name] for i in run.iterations if name in i.completions}
-    panels = {f"iteration {number}": sides.logps_per_token for number, sides in completions.items()}
-    return _draw_histograms(panels, "log-prob per token, nats")
-
-
-def draw_changes(run: Run, name: str) -> Figure | None:
-    """How an iteration changed the log-prob per token of the real completions, a panel per iteration."""
-    panels = {f"iteration {number}": {"real": change} for number, change in run.changes(name).items()}
-    return _draw_histograms(panels, "change, nats per token", mark=0)
-
-
-def _draw_histograms(panels: dict, xlabel: str, whole_numbers: bool = False, mark: float | None = None):
-    panels = {title: {s: values for s, values in sides.items() if len(values)} for title, sides in panels.items()}
-    panels = {title: sides for title, sides in panels.items() if sides}
-    if not panels:
+def draw_histograms(
+    panels: dict[int, dict[str, np.ndarray]], xlabel: str, whole_numbers: bool = False, mark: float | None = None
+) -> Figure | None:
+    """Shares of the completions by a number of theirs: a panel per iteration, with a distribution per side."""
+    drawn = {number: {s: values for s, values in sides.items() if len(values)} for number, sides in panels.items()}
+    drawn = {f"iteration {number}": sides for number, sides in drawn.items() if sides}
+    if not drawn:
         return None
-    everything = np.concatenate([values for sides in panels.values() for values in sides.values()])
+    everything = np.concatenate([values for sides in drawn.values() for values in sides.values()])
     low, high = everything.min(), everything.max()
     if whole_numbers and high - low <= 40:
         edges = np.arange(low - 0.5, high + 1)
@@ -236,46 +155,47 @@ def _draw_histograms(panels: dict, xlabel: str, whole_numbers: bool = False, mar
         # A few outliers would squeeze all others into one bar: they are counted in the outermost ones
         low, high = np.quantile(everything, [0.002, 0.998])
         edges = np.linspace(low, high if high > low else low + 1, 41)
-    figure, all_axes = _grid(len(panels), num_columns=4, height=1.9, share_axes=True)
-    handles = {}
-    for ax, (title, sides) in zip(all_axes, panels.items(), strict=True):
+    figure, all_axes = _grid(drawn, num_columns=4, height=1.9, xlabel=xlabel, share_axes=True)
+    for ax, sides in zip(all_axes, drawn.values(), strict=True):
         for side, values in sides.items():
             shares = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
             color, linestyle = LOOKS[side]["color"], LOOKS[side]["linestyle"]
-            if side == "real":
-                handles[side] = ax.stairs(shares, edges, fill=True, color=color, alpha=0.4)
-            else:
-                handles[side] = ax.stairs(shares, edges, color=color, linewidth=1.5)
-            handles[f"mean, {side}"] = ax.axvline(values.mean(), color=color, linewidth=1.2, linestyle=linestyle)
+            look = {"fill": True, "alpha": 0.4} if side == "real" else {"linewidth": 1.5}
+            ax.stairs(shares, edges, color=color, label=side, **look)
+            ax.axvline(values.mean(), color=color, linewidth=1.2, linestyle=linestyle, label=f"mean, {side}")
         if mark is not None:
             ax.axvline(mark, color="0.2", linewidth=0.9)
         ax.margins(x=0.02)
-        ax.set_title(title)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole_numbers))
         if ax.get_subplotspec().is_first_col():
             ax.set_ylabel("share of completions")
     all_axes[0].set_ylim(bottom=0)
-    for ax in all_axes[-4:]:
-        ax.set_xlabel(xlabel)
-    _legend(figure, handles)
+    _legend(figure)
     return figure
 
 
-def _grid(num_panels: int, num_columns: int, height: float, share_axes: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of panels, row by row, without the empty ones of the last row."""
+def _grid(titles: Collection[str], num_columns: int, height: float, xlabel: str = "", share_axes: bool = False):
+    """A figure of panels, row by row, without the empty ones of the last row, and the axes of the panels."""
     # Few panels keep the size that they have among many
-    width = 10 / num_columns
+    num_panels, width = len(titles), 10 / num_columns
     num_columns = min(num_columns, max(2, num_panels))
     num_rows = math.ceil(num_panels / num_columns)
     figure = Figure(figsize=(width * num_columns, height * num_rows + 0.4), layout="constrained")
     all_axes = figure.subplots(num_rows, num_columns, squeeze=False, sharex=share_axes, sharey=share_axes).flatten()
     for ax in all_axes[num_panels:]:
         ax.remove()
-    for ax in all_axes[max(0, num_panels - num_columns) : num_panels]:
-        ax.tick_params(labelbottom=True)
-    return figure, list(all_axes[:num_panels])
+    for i, (ax, title) in enumerate(zip(all_axes, titles, strict=False)):
+        ax.set_title(title)
+        if i + num_columns >= num_panels:
+            ax.tick_params(labelbottom=True)
+            ax.set_xlabel(xlabel)
+    return figure, all_axes[:num_panels]
 
 
-def _legend(figure: Figure, handles: dict):
+def _legend(figure: Figure):
+    """One legend above all panels, which draw the same lines."""
+    handles = {}
+    for ax in figure.axes:
+        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if len(handles) > 1:
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(6, len(handles)))

@@ -23,8 +23,9 @@ import io
 import json
 import re
 import sys
-import unicodedata
+from collections import defaultdict
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,39 +34,13 @@ from markupsafe import Markup, escape
 from tqdm.auto import tqdm
 
 from ..run.files import atomic_open
-from .reader import Iteration, Run, is_number, read_run
+from .reader import Iteration, is_number, read_run
 from .signals import metric_prefix
 
 
-# They change the direction of the text around them, so that it reads as something else
-_BIDI = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-# Titles in the summary, and the settings or metrics that they stand for
-_SETTINGS = {"λ": "beta", "learning rate": "learning_rate", "passes": "num_train_epochs"}
-_AT_END = {
-    "loss": "loss",
-    "accuracy": "rewards/accuracies",
-    "margin": "rewards/margins",
-    "reward of real completions": "rewards/real",
-    "reward of generated completions": "rewards/generated",
-}
-_HELD_OUT = _AT_END | {
-    "NLL of real completions, opponent": "self_play/nll_real",
-    "NLL of real completions, trained": "nll/real",
-}
-_GAME = {
-    "length of real completions": "self_play/mean_length_real",
-    "length of generated completions": "self_play/mean_length_generated",
-    "truncated": "self_play/truncated",
-    "empty": "self_play/empty",
-    "identical": "self_play/identical",
-    "played": "self_play/played",
-    "distinct real completions": "self_play/distinct_real",
-    "distinct generated completions": "self_play/distinct_generated",
-    "AUC of the length": "self_play/auc_length",
-    "AUC of the first token": "self_play/auc_first_token",
-    "AUC of the opponent's log-prob per token": "self_play/auc_logps",
-    "rows left out": "self_play/left_out",
-}
+# Control characters, halves of characters, and what changes the direction of the text around it, so that it reads as
+# something else
+_NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
 def write_report(output_dir: str | Path) -> Path:
@@ -83,23 +58,22 @@ def write_report(output_dir: str | Path) -> Path:
         `ModuleNotFoundError`: If matplotlib is not installed.
         `FileNotFoundError`: If the directory holds no run.
     """
-    try:
-        from . import figures
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise ModuleNotFoundError(
-            "The report needs matplotlib: `pip install trl-spin[report]`.", name="matplotlib"
-        ) from error
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("The report needs matplotlib: `pip install trl-spin[report]`.", name="matplotlib")
+    from . import figures
 
     run = read_run(output_dir)
     path = run.output_dir / "report" / "report.html"
+    images = defaultdict(dict)  # SVG in base64, by kind and dataset
     with figures.style():
-        drawn = {"training": {"": figures.draw_training(run)}, "iterations": {"": figures.draw_iterations(run)}}
-        for kind in ("lengths", "logps", "changes"):
-            draw = getattr(figures, f"draw_{kind}")
-            drawn[kind] = {name: draw(run, name) for name in run.datasets}
-        images = {kind: _save_figures(path.parent, kind, by_dataset) for kind, by_dataset in drawn.items()}
+        for kind, name, figure in figures.draw_all(run):
+            if figure is not None:
+                file_name = re.sub(r"[^\w-]+", "-", f"{kind}_{name}" if name else kind)
+                with atomic_open(path.with_name(f"{file_name}.png")) as file:
+                    figure.savefig(file, format="png", dpi=150)
+                svg = io.BytesIO()
+                figure.savefig(svg, format="svg", metadata={"Date": None})
+                images[kind][name] = base64.b64encode(svg.getvalue()).decode()
     # What models, datasets and users wrote is escaped wherever the template shows it, and loses what is not text
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -108,16 +82,9 @@ def write_report(output_dir: str | Path) -> Path:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {"code": _set_code, "json": json.dumps}
-    page = environment.get_template("report.html.jinja").render(
-        run=run,
-        name=run.output_dir.resolve().name,
-        finished=sum(bool(iteration.record) for iteration in run.iterations),
-        now=f"{datetime.now():%Y-%m-%d %H:%M}",
-        summary=summary_rows(run),
-        images=images,
-        probes=_probes(run),
-    )
+    environment.filters |= {"cell": _cell, "code": _set_code, "json": json.dumps, "prefix": metric_prefix}
+    template = environment.get_template("report.html.jinja")
+    page = template.render(run=run, images=images, now=f"{datetime.now():%Y-%m-%d %H:%M}")
     with atomic_open(path) as file:
         file.write(page.encode())
     return path
@@ -125,14 +92,7 @@ def write_report(output_dir: str | Path) -> Path:
 
 def _plain(value: Any) -> str:
     """Text without control characters, and without those that change the direction of writing."""
-    if isinstance(value, Markup):
-        return value
-    return "".join(
-        c
-        if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") and c not in _BIDI
-        else "\N{REPLACEMENT CHARACTER}"
-        for c in str(value)
-    )
+    return value if isinstance(value, Markup) else _NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", str(value))
 
 
 def _set_code(message: str) -> Markup:
@@ -140,64 +100,12 @@ def _set_code(message: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(_plain(message)))))
 
 
-def _save_figures(directory: Path, kind: str, by_dataset: dict[str, Any]) -> dict[str, str]:
-    """Writes figures as PNG files, and returns them as SVG in base64."""
-    images = {}
-    for name, figure in by_dataset.items():
-        if figure is None:
-            continue
-        file_name = re.sub(r"[^\w-]+", "-", f"{kind}_{name}" if name else kind)
-        with atomic_open(directory / f"{file_name}.png") as file:
-            figure.savefig(file, format="png", dpi=150)
-        svg = io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        images[name] = base64.b64encode(svg.getvalue()).decode()
-    return images
-
-
-def summary_rows(run: Run) -> list[tuple[str, list[str]]]:
-    """Title and one cell per iteration: metrics are many, iterations few. A heading has no cells."""
-    verdicts = [str(i.record.get("verdict") or ("" if i.record else "not finished")) for i in run.iterations]
-    settings = {title: [_setting(run, i, key) for i in run.iterations] for title, key in _SETTINGS.items()}
-    sections = {
-        "": {"verdict": verdicts},
-        "Settings": settings,
-        "Training, as logged last": _metrics(run, _AT_END, ""),
-    }
-    for name in run.held_out:
-        prefix = metric_prefix(name)
-        logged = {key.removeprefix(prefix): None for i in run.iterations for key in i.record if key.startswith(prefix)}
-        own = [key for key in logged if key.startswith("completions/") and not key.endswith(("_low", "_high"))]
-        titles = _HELD_OUT | {key.removeprefix("completions/"): key for key in own}
-        sections[f"Held-out prompts ({name}), after training"] = _metrics(run, titles, prefix)
-    for name in run.datasets:
-        titles = _GAME | ({"NLL of real completions": "self_play/nll_real"} if name == "train" else {})
-        sections[f"Completions of the opponent ({name})"] = _metrics(run, titles, metric_prefix(name))
-
-    rows = []
-    for heading, section in sections.items():
-        cells = {title: [_number(value) for value in values] for title, values in section.items()}
-        shown = [(title, by_iteration) for title, by_iteration in cells.items() if any(by_iteration)]
-        rows += [(heading, []), *shown] if heading and shown else shown
-    return rows
-
-
-def _setting(run: Run, iteration: Iteration, key: str) -> Any:
-    planned = run.settings.get(key, [])
-    return iteration.record.get(key, planned[iteration.number] if iteration.number < len(planned) else None)
-
-
-def _metrics(run: Run, titles: dict[str, str], prefix: str) -> dict[str, list[Any]]:
-    """Metrics of each iteration by title, followed by their intervals where they were logged."""
-    return {title: [_metric(i, prefix + key) for i in run.iterations] for title, key in titles.items()}
-
-
-def _metric(iteration: Iteration, key: str) -> Any:
-    value = (iteration.manifest["metrics"] | iteration.record).get(key)
-    low, high = (iteration.record.get(f"{key}_{end}") for end in ("low", "high"))
+def _cell(iteration: Iteration, key: str) -> str:
+    """What an iteration says of a setting or a metric, with its interval where one was logged."""
+    value, low, high = (iteration.values.get(key + end) for end in ("", "_low", "_high"))
     if is_number(low) and is_number(high):
         return f"{_number(value)} [{_number(low)}, {_number(high)}]"
-    return value
+    return _number(value)
 
 
 def _number(value: Any) -> str:
@@ -206,17 +114,6 @@ def _number(value: Any) -> str:
     if isinstance(value, float) or isinstance(value, int) and abs(value) >= 1e6:
         return f"{value:.4g}"
     return str(value)
-
-
-def _probes(run: Run) -> list[dict[str, Any]]:
-    """Each probe with the completions of all models, by their names."""
-    probes = {}
-    for number, of_model in run.probes.items():
-        model = "before" if number == 0 else f"iteration {number - 1}"
-        for probe in of_model:
-            shown = probes.setdefault(probe["row"], probe | {"completions": {"real completion": probe["real"]}})
-            shown["completions"][model] = probe["generated"]
-    return list(probes.values())
 
 
 def main(arguments: list[str]):

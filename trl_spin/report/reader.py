@@ -14,24 +14,25 @@
 
 """Reads what a run has left on disk, for the report and the model card."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pyarrow import Table, compute
 
-from ..run.files import HISTORY, PROBES, RECORD
+from ..run.files import HISTORY, PROBES, RECORD, SETTINGS, game_dir, model_dir, read_json
 from ..run.games import load_game, read_manifest
 from .signals import metric_prefix
 
 
 SIDES = ("real", "generated")
+PER_ITERATION = ("beta", "learning_rate", "num_train_epochs")
 
 
 @dataclass
@@ -64,18 +65,19 @@ class Iteration:
     number: int
     manifest: dict[str, Any]
     record: dict[str, Any]
+    values: dict[str, Any]  # its settings, as planned or as played, and all metrics
     completions: dict[str, Completions]
 
 
 @dataclass
 class Run:
-    """Everything the report is made of. `notes` says what is missing."""
+    """Everything the report is made of. `notes` says what could not be read."""
 
     output_dir: Path
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     iterations: list[Iteration] = field(default_factory=list)
-    probes: dict[int, list[dict]] = field(default_factory=dict)
+    probes: dict[int, dict[str, Any]] = field(default_factory=dict)  # by row, with the completions by model
     log_history: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -111,16 +113,15 @@ class Run:
         The models, -1 for the one that self-play started from, and by dataset the negative log-likelihood that each
         gives to the real completions.
         """
-        values = {name: {} for name in self.datasets}
-        for iteration in self.iterations:
-            for name in values:
-                prefix = metric_prefix(name)
-                if is_number(before := iteration.manifest["metrics"].get(f"{prefix}self_play/nll_real")):
-                    values[name][iteration.number - 1] = before
-                # On training data it is an average over the iteration's steps, not the finished model's
-                if name != "train" and is_number(after := iteration.record.get(f"{prefix}nll/real")):
-                    values[name][iteration.number] = after
-        models = sorted({model for by_model in values.values() for model in by_model})
+        values = {}
+        for name in self.datasets:
+            prefix = metric_prefix(name)
+            # On training data it is an average over the iteration's steps, not the finished model's
+            after = {i.number: i.values.get(f"{prefix}nll/real") for i in self.iterations if name != "train"}
+            before = {i.number - 1: i.values.get(f"{prefix}self_play/nll_real") for i in self.iterations}
+            nlls = [*after.items(), *before.items()]
+            values[name] = {model: nll for model, nll in nlls if is_number(nll)}
+        models = sorted(set().union(*values.values()))
         return models, {name: [by_model.get(model) for model in models] for name, by_model in values.items()}
 
     def changes(self, name: str) -> dict[int, np.ndarray]:
@@ -141,90 +142,65 @@ def is_number(value: Any) -> bool:
 
 def read_run(output_dir: str | Path) -> Run:
     """
-    Reads what a run has left on disk. What is missing or damaged is left out and named in the run's notes. Raises
-    `FileNotFoundError` if the directory holds no run.
+    Reads what a run has left on disk. What is missing or damaged is left out, and named in the run's notes if it
+    should be there. Raises `FileNotFoundError` if the directory holds no run.
     """
     run = Run(Path(output_dir))
     directory = run.output_dir / "self_play"
-    if not (directory / "run.json").is_file():
+    if not (directory / SETTINGS).is_file():
         raise FileNotFoundError(
-            f"{run.output_dir} holds no run: {directory / 'run.json'} does not exist. Give the `output_dir` of a run "
+            f"{run.output_dir} holds no run: {directory / SETTINGS} does not exist. Give the `output_dir` of a run "
             "that has begun."
         )
-    content = _read_json(run, directory / "run.json", {})
+    content = _attempt(run, {}, read_json, directory / SETTINGS)
     run.settings, run.versions = content.get("settings", {}), content.get("versions", {})
     for number in _numbers(directory.glob("iteration-*")):
-        _read_iteration(run, directory / f"iteration-{number}", number)
-    run.log_history = _read_log_history(run)
-    _note_what_is_missing(run)
+        _read_iteration(run, number)
+    log_history = _attempt(run, [], read_json, directory / HISTORY)
+    for number in _numbers(run.output_dir.glob("checkpoint-*")) if not log_history else ():
+        state = _attempt(run, {}, read_json, run.output_dir / f"checkpoint-{number}" / "trainer_state.json")
+        log_history = state.get("log_history") or log_history
+    # The last entry sums up the whole training
+    run.log_history = [logs for logs in log_history if is_number(logs.get("step")) and "train_runtime" not in logs]
+    finished = _numbers(path.parent for path in run.output_dir.glob(f"iteration-*/{RECORD}"))
+    played = [iteration.number for iteration in run.iterations]
+    if lost := [str(number) for number in finished if number not in played]:
+        run.notes.append(f"The games of these iterations are missing: {', '.join(lost)}.")
     return run
 
 
-def _read_iteration(run: Run, directory: Path, number: int):
-    manifest = _attempt(run, read_manifest, str(run.output_dir), number)
+def _read_iteration(run: Run, number: int):
+    directory = game_dir(run.output_dir, number)
+    manifest = _attempt(run, None, read_manifest, str(run.output_dir), number)
     # The last model's probes stand in the folder of an iteration that is not played
-    if probes := _read_json(run, directory / PROBES, []):
-        run.probes[number] = probes
+    for probe in _attempt(run, [], read_json, directory / PROBES):
+        run.probes.setdefault(probe["row"], probe | {"by_model": {}})["by_model"][number] = probe["generated"]
     if manifest is None:
         # What is there after the last iteration was written to measure its model
         if number < run.planned and any(directory.glob("completions-*")):
             run.notes.append(f"Iteration {number} has no pairs yet: its opponent has not completed all prompts.")
         return
-    record = _read_json(run, run.output_dir / f"iteration-{number}" / RECORD, {})
-    if not record:
-        run.notes.append(f"Iteration {number} is not finished, or its model was deleted: there is no {RECORD}.")
+    record = _attempt(run, {}, read_json, model_dir(run.output_dir, number) / RECORD)
     completions = {}
-    for name, pairs in (_attempt(run, load_game, str(run.output_dir), number) or {}).items():
+    for name, pairs in _attempt(run, {}, load_game, str(run.output_dir), number).items():
         table = pairs.data.table
         # Completions by earlier opponents belong to earlier iterations
         completions[name] = Completions(table.filter(compute.equal(table["opponent"], number)))
-    run.iterations.append(Iteration(number, manifest, record, completions))
-
-
-def _read_log_history(run: Run) -> list[dict[str, Any]]:
-    log_history = _read_json(run, run.output_dir / "self_play" / HISTORY, [])
-    if not log_history:
-        for number in _numbers(run.output_dir.glob("checkpoint-*")):
-            state = _read_json(run, run.output_dir / f"checkpoint-{number}" / "trainer_state.json", {})
-            log_history = state.get("log_history") or log_history
-    # The last entry sums up the whole training
-    return [logs for logs in log_history if is_number(logs.get("step")) and "train_runtime" not in logs]
-
-
-def _note_what_is_missing(run: Run):
-    numbers = [iteration.number for iteration in run.iterations]
-    finished = _numbers(path.parent for path in run.output_dir.glob(f"iteration-*/{RECORD}"))
-    if lost := [str(number) for number in finished if number not in numbers]:
-        run.notes.append(f"The games of these iterations are missing: {', '.join(lost)}.")
-    begun = max(numbers, default=-1) + 1
-    if begun < run.planned:
-        run.notes.append(f"{begun} of {run.planned} iterations have begun.")
-    if not run.held_out:
-        run.notes.append("There are no held-out prompts. Accuracy and margin on training pairs may be memorization.")
-    if not run.probes:
-        run.notes.append("There are no probes.")
-    if not run.log_history:
-        run.notes.append("There are no curves: neither self_play/log_history.json nor a checkpoint was found.")
+    planned = {key: run.settings[key][number] for key in PER_ITERATION if number < len(run.settings.get(key, []))}
+    values = planned | manifest["metrics"] | record
+    run.iterations.append(Iteration(number, manifest, record, values, completions))
 
 
 def _numbers(paths: Iterable[Path]) -> list[int]:
     return sorted(int(path.name.rpartition("-")[2]) for path in paths if re.fullmatch(r"\w+-\d+", path.name))
 
 
-def _read_json(run: Run, path: Path, default: Any) -> Any:
-    if not path.is_file():
-        return default
-    content = _attempt(run, lambda: json.loads(path.read_text(encoding="utf-8")))
-    if content is None:
-        run.notes.append(f"{path.relative_to(run.output_dir)} cannot be read.")
-        return default
-    return content
-
-
-def _attempt(run: Run, function: Callable, *args: Any) -> Any:
+def _attempt(run: Run, default: Any, function: Callable, *args: Any) -> Any:
     # A damaged file costs the report the part that it holds, and no more
     try:
-        return function(*args)
+        return function(*args) or default
+    except JSONDecodeError as error:
+        run.notes.append(f"{args[0]} cannot be read: {error}.")
     except ValueError as error:
         run.notes.append(str(error))
-        return None
+    return default

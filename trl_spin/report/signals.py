@@ -21,6 +21,10 @@ import numpy as np
 from datasets import Dataset
 
 
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 def auc(positive: list[float], negative: list[float]) -> float:
     """
     Area under the ROC curve: the probability that a random positive scores higher than a random negative, where ties
@@ -56,7 +60,7 @@ def repetition(completions: list[list[int]], n: int = 4) -> float:
     for ids in completions:
         ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
         shares.append(1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0)
-    return sum(shares) / len(shares)
+    return _mean(shares)
 
 
 def first_token_auc(pairs: Dataset) -> float:
@@ -74,7 +78,7 @@ def first_token_auc(pairs: Dataset) -> float:
         ]
         if scores[0]:
             values.append(auc(*scores))
-    return sum(values) / len(values)
+    return _mean(values)
 
 
 def describe_game(pairs: Dataset) -> dict[str, float]:
@@ -83,33 +87,25 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
     per token. The areas under the curve (AUC) say how well one number alone tells real from generated completions: the
     length, the first token, the log-prob per token under the opponent. Above 0.5, real completions score higher.
     """
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    real, generated = pairs["real_ids"][:], pairs["generated_ids"][:]
-    lengths = {"real": [len(ids) for ids in real], "generated": [len(ids) for ids in generated]}
+    completions = {side: pairs[f"{side}_ids"][:] for side in ("real", "generated")}
+    measures = {
+        "mean_length": lambda texts: _mean([len(ids) for ids in texts]),
+        "distinct": lambda texts: len(set(map(tuple, texts))) / len(texts),
+        "distinct_bigrams": lambda texts: distinct_ngrams(texts, 2),
+        "repetition": repetition,
+    }
     # In a pair that is not played, the real completion is scored in place of the generated one as well
-    played = pairs["played"][:]
-    logps = {side: [v for v, p in zip(pairs[f"ref_{side}_logps"][:], played, strict=True) if p] for side in lengths}
-    scored = {side: [n for n, p in zip(lengths[side], played, strict=True) if p] for side in lengths}
-    per_token = {side: [v / max(1, n) for v, n in zip(logps[side], scored[side], strict=True)] for side in lengths}
+    played, lengths, logps, per_token = pairs["played"][:], {}, {}, {}
+    for side, texts in completions.items():
+        lengths[side] = [len(ids) for ids, p in zip(texts, played, strict=True) if p]
+        logps[side] = [v for v, p in zip(pairs[f"ref_{side}_logps"][:], played, strict=True) if p]
+        per_token[side] = [v / max(1, n) for v, n in zip(logps[side], lengths[side], strict=True)]
     return {
-        "mean_length_real": mean(lengths["real"]),
-        "mean_length_generated": mean(lengths["generated"]),
-        "distinct_real": len(set(map(tuple, real))) / len(pairs),
-        "distinct_generated": len(set(map(tuple, generated))) / len(pairs),
-        "distinct_bigrams_real": distinct_ngrams(real, 2),
-        "distinct_bigrams_generated": distinct_ngrams(generated, 2),
-        "repetition_real": repetition(real),
-        "repetition_generated": repetition(generated),
-        "truncated": mean(pairs["truncated"][:]),
-        "empty": mean(pairs["empty"][:]),
-        "identical": mean(pairs["identical"][:]),
-        "played": mean(played),
-        "nll_real": -sum(pairs["ref_real_logps"][:]) / sum(lengths["real"]),
-        "nll_generated": -sum(logps["generated"]) / max(1, sum(scored["generated"])),
-        "auc_length": auc(lengths["real"], lengths["generated"]),
+        **{f"{name}_{side}": measure(completions[side]) for name, measure in measures.items() for side in completions},
+        **{name: _mean(pairs[name][:]) for name in ("truncated", "empty", "identical", "played")},
+        "nll_real": -sum(pairs["ref_real_logps"][:]) / sum(map(len, completions["real"])),
+        "nll_generated": -sum(logps["generated"]) / max(1, sum(lengths["generated"])),
+        "auc_length": auc(*([len(ids) for ids in texts] for texts in completions.values())),
         "auc_first_token": first_token_auc(pairs),
         "auc_logps": auc(per_token["real"], per_token["generated"]),
     }
@@ -120,47 +116,38 @@ def find_warnings(game: dict[str, float], earlier: dict[str, float] | None) -> l
     What deserves a look in a game, and what to do about it. `game` and `earlier`, the game before it if there is one,
     are as [`describe_game`] returns them.
     """
-    warnings = []
     remedies = {
-        "truncated": "Raise `max_completion_length`, or check that the model was fine-tuned to end its "
-        "completions: otherwise real and generated completions differ mainly in length.",
+        "truncated": "Raise `max_completion_length`, or check that the model was fine-tuned to end its completions: "
+        "otherwise real and generated completions differ mainly in length.",
         "empty": "Is the chat template the one the model was fine-tuned with?",
         "identical": "The model has memorized the data, and there is little left to learn.",
     }
-    for kind, remedy in remedies.items():
-        if game[kind] > 0.5:
-            warnings.append(f"{game[kind]:.0%} of the generated completions are {kind}. {remedy}")
-    if game["distinct_generated"] < 0.5 * game["distinct_real"]:
-        warnings.append(
-            f"{game['distinct_generated']:.0%} of the generated completions are distinct, but "
-            f"{game['distinct_real']:.0%} of the real ones. The model repeats itself: lower the learning rate or "
-            "raise `beta`, and look at the completions."
-        )
-    if game["repetition_generated"] > 0.2 + game["repetition_real"]:
-        warnings.append(
-            f"{game['repetition_generated']:.0%} of the 4-grams in a generated completion are repeats, but "
-            f"{game['repetition_real']:.0%} in a real one: the model loops. Lower the learning rate or raise `beta`."
-        )
-    if max(game["auc_length"], 1 - game["auc_length"]) > 0.75:
-        longer = "real" if game["auc_length"] > 0.5 else "generated"
-        warnings.append(
-            f"Length alone tells real from generated completions (AUC {game['auc_length']:.2f}, the {longer} ones are "
-            "longer), which is enough to win the game. Raise `beta` or lower the learning rate or, where completions "
-            "are truncated, cut the real ones as well with `truncated_completions='cut_real'`."
-        )
-    if game["auc_first_token"] > 0.75:
-        warnings.append(
-            f"The first token alone tells real from generated completions (AUC {game['auc_first_token']:.2f}). "
-            "Usually the chat template, or a space, is not what the model was fine-tuned with: compare `real_ids` and "
-            "`generated_ids` in a few pairs."
-        )
-    if earlier is not None and game["nll_real"] > earlier["nll_real"] + 0.02:
-        warnings.append(
-            f"The real completions have become less likely: negative log-likelihood {earlier['nll_real']:.3f} -> "
-            f"{game['nll_real']:.3f} per token. The last iteration overshot: raise `beta`, lower the learning rate or "
-            "the number of passes, or add an anchor with `sft_weight`."
-        )
-    return warnings
+    earlier = earlier or game
+    longer = "real" if game["auc_length"] > 0.5 else "generated"
+    repeats_itself = game["distinct_generated"] < 0.5 * game["distinct_real"]
+    loops = game["repetition_generated"] > 0.2 + game["repetition_real"]
+    length_tells = max(game["auc_length"], 1 - game["auc_length"]) > 0.75
+    overshot = game["nll_real"] > earlier["nll_real"] + 0.02
+    warnings = {
+        f"{game[kind]:.0%} of the generated completions are {kind}. {remedy}": game[kind] > 0.5
+        for kind, remedy in remedies.items()
+    } | {
+        f"{game['distinct_generated']:.0%} of the generated completions are distinct, but {game['distinct_real']:.0%} of "
+        "the real ones. The model repeats itself: lower the learning rate or raise `beta`, and look at the "
+        "completions.": repeats_itself,
+        f"{game['repetition_generated']:.0%} of the 4-grams in a generated completion are repeats, but "
+        f"{game['repetition_real']:.0%} in a real one: the model loops. Lower the learning rate or raise `beta`.": loops,
+        f"Length alone tells real from generated completions (AUC {game['auc_length']:.2f}, the {longer} ones are "
+        "longer), which is enough to win the game. Raise `beta` or lower the learning rate or, where completions are "
+        "truncated, cut the real ones as well with `truncated_completions='cut_real'`.": length_tells,
+        f"The first token alone tells real from generated completions (AUC {game['auc_first_token']:.2f}). Usually the "
+        "chat template, or a space, is not what the model was fine-tuned with: compare `real_ids` and `generated_ids` in "
+        "a few pairs.": game["auc_first_token"] > 0.75,
+        f"The real completions have become less likely: negative log-likelihood {earlier['nll_real']:.3f} -> "
+        f"{game['nll_real']:.3f} per token. The last iteration overshot: raise `beta`, lower the learning rate or the "
+        "number of passes, or add an anchor with `sft_weight`.": overshot,
+    }
+    return [warning for warning, holds in warnings.items() if holds]
 
 
 def judge(before: float, after: float, name: str, greater_is_better: bool) -> tuple[bool, str]:

@@ -15,34 +15,20 @@
 """Tables of a run: the one of its iterations, and how a table is printed in the terminal."""
 
 import shutil
+import tomllib
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers.utils import is_rich_available
 
 
-# Title of each column, and what it shows of an iteration's record
-_COLUMNS = {
-    "iteration": "iteration",
-    "λ": "beta",
-    "learning rate": "learning_rate",
-    "passes": "num_train_epochs",
-    "accuracy": "rewards/accuracies",
-    "margin": "rewards/margins",
-    "held-out accuracy": "eval_rewards/accuracies",
-    "held-out margin": "eval_rewards/margins",
-    "held-out NLL": "eval_nll/real",
-    "length real": "self_play/mean_length_real",
-    "length generated": "self_play/mean_length_generated",
-    "truncated": "self_play/truncated",
-    "empty": "self_play/empty",
-    "identical": "self_play/identical",
-}
+TITLES = tomllib.loads(Path(__file__).with_name("titles.toml").read_text(encoding="utf-8"))
 
 
 def iteration_rows(records: list[dict[str, Any]]) -> list[list[str]]:
     """Titles, then a row per record of an iteration. Columns without any value are left out."""
-    columns = {title: key for title, key in _COLUMNS.items() if any(key in record for record in records)}
+    columns = {title: key for title, key in TITLES["table"].items() if any(key in record for record in records)}
     cells = [["" if key not in record else f"{record[key]:.4g}" for key in columns.values()] for record in records]
     return [list(columns), *cells]
 
