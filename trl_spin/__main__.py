@@ -29,6 +29,11 @@ Options may stand in a YAML file, `trl-spin --config recipe.yaml`, which the com
 """
 
 import sys
+from pathlib import Path
+
+
+# What loads a local file
+_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_data(script_args, dataset_args):
@@ -44,30 +49,21 @@ def load_data(script_args, dataset_args):
     Returns:
         [`~datasets.DatasetDict`]: Dataset by split.
     """
-    from pathlib import Path
-
     from datasets import load_dataset
     from trl import get_dataset
 
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError(
-            f"Give either `dataset_name` ({script_args.dataset_name!r}) or a mixture, `datasets` "
-            f"({dataset_args.datasets!r}): there must be exactly one source of data."
+            f"There must be exactly one source of data: `dataset_name` ({script_args.dataset_name!r}), or a mixture, "
+            f"`datasets` ({dataset_args.datasets!r})."
         )
     if dataset_args.datasets:
         return get_dataset(dataset_args)
-    builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(
-        Path(script_args.dataset_name).suffix
-    )
-    if builder is None:
-        return load_dataset(
-            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
-    return load_dataset(
-        builder,
-        data_files={script_args.dataset_train_split: script_args.dataset_name},
-        streaming=script_args.dataset_streaming,
-    )
+    name, options = script_args.dataset_name, {"name": script_args.dataset_config}
+    if Path(name).suffix in _FILES:
+        options = {"data_files": {script_args.dataset_train_split: name}}
+        name = _FILES[Path(name).suffix]
+    return load_dataset(name, **options, streaming=script_args.dataset_streaming)
 
 
 def run(script_args, training_args, model_args, dataset_args):
@@ -108,9 +104,7 @@ def run(script_args, training_args, model_args, dataset_args):
     }
 
     if model_args.model_name_or_path is None:
-        raise ValueError(
-            "`--model_name_or_path` is required: the supervised fine-tuned model that self-play starts from."
-        )
+        raise ValueError("`--model_name_or_path` is required: the fine-tuned model that self-play starts from.")
     dataset = load_data(script_args, dataset_args)
     trainer = SPINTrainer(
         model=model_args.model_name_or_path,
@@ -135,37 +129,23 @@ def run(script_args, training_args, model_args, dataset_args):
     return trainer
 
 
-def make_parser(prog: str = "trl-spin"):
-    """
-    Parser of the command line and of YAML files.
+def main():
+    if sys.argv[1:2] == ["report"]:
+        from .report.page import main as report
 
-    Args:
-        prog (`str`, *optional*, defaults to `"trl-spin"`):
-            Name of the program in the help.
-
-    Returns:
-        [`~trl.TrlParser`]: Parser.
-    """
+        return report(sys.argv[2:])
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
     from . import SPINConfig
 
     parser = TrlParser(
         (ScriptArguments, SPINConfig, ModelConfig, DatasetMixtureConfig),
-        prog=prog,
+        prog="trl-spin",
         description="Self-play fine-tuning (SPIN) of a supervised fine-tuned model on its own SFT data.",
     )
     # Unset, so that `run` can tell whether the user chose a dtype
     parser.set_defaults(dtype=None)
-    return parser
-
-
-def main():
-    if sys.argv[1:2] == ["report"]:
-        from .report.page import main as report
-
-        return report(sys.argv[2:])
-    run(*make_parser().parse_args_and_config())
+    run(*parser.parse_args_and_config())
 
 
 if __name__ == "__main__":

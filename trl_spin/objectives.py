@@ -53,6 +53,11 @@ class Objective:
     of_margin: bool = False
     options: dict[str, str] = field(default_factory=dict)
 
+    def with_options(self, args: Any) -> "Objective":
+        """The objective with its options as they are set."""
+        values = {argument: getattr(args, option) for argument, option in self.options.items()}
+        return replace(self, loss=partial(self.loss, **values))
+
 
 # By name in `loss_type`
 OBJECTIVES: dict[str, Objective] = {}
@@ -102,22 +107,20 @@ def check_objectives(loss_types: list[str], changed: dict[str, Any]):
             Options that differ from their default, with their values. Those that belong to no loss in particular are
             not looked at.
     """
-    unknown = sorted(set(loss_types) - OBJECTIVES.keys() - TRL_LOSSES.keys())
+    options = TRL_LOSSES | {name: (*o.options.values(), *TRL_LOSSES.get(name, ())) for name, o in OBJECTIVES.items()}
+    unknown = sorted(set(loss_types) - options.keys())
     if unknown:
         raise ValueError(
             f"`loss_type` {unknown[0]!r} is unknown. Self-play has {sorted(OBJECTIVES)}, and of `DPOTrainer` "
             f"{sorted(TRL_LOSSES.keys() - OBJECTIVES.keys())}."
         )
-    options = {name: {*TRL_LOSSES.get(name, ())} for name in OBJECTIVES.keys() | TRL_LOSSES.keys()}
-    for name, registered in OBJECTIVES.items():
-        options[name].update(registered.options.values())
     # An option that does nothing for the chosen losses would be taken for one that does
     for option, value in changed.items():
-        owners = sorted(name for name in options if option in options[name])
-        if owners and not {*owners} & {*loss_types}:
+        owners = {name for name in options if option in options[name]}
+        if owners and not owners & set(loss_types):
             raise ValueError(
-                f"`{option}={value!r}` does nothing for `loss_type={loss_types}`: it belongs to {owners}. Leave it "
-                "unset."
+                f"`{option}={value!r}` does nothing for `loss_type={loss_types}`: it belongs to {sorted(owners)}. "
+                "Leave it unset."
             )
 
 
@@ -332,11 +335,7 @@ def choose_losses(args: Any, loss: Callable[..., torch.Tensor] | None = None) ->
             )
         return ChosenLosses([], [(Objective(loss), weights[0])], of_margin=False)
     losses = list(zip(args.loss_type, weights, strict=True))
-    own = []
-    for name, weight in losses:
-        if name not in TRL_LOSSES:
-            options = {argument: getattr(args, option) for argument, option in OBJECTIVES[name].options.items()}
-            own.append((replace(OBJECTIVES[name], loss=partial(OBJECTIVES[name].loss, **options)), weight))
-    of_margin = all(name in OBJECTIVES and OBJECTIVES[name].of_margin for name in args.loss_type)
     trl = [(name, weight) for name, weight in losses if name in TRL_LOSSES]
+    own = [(OBJECTIVES[name].with_options(args), weight) for name, weight in losses if name not in TRL_LOSSES]
+    of_margin = all(name in OBJECTIVES and OBJECTIVES[name].of_margin for name in args.loss_type)
     return ChosenLosses(trl, own, of_margin and not args.use_weighting)

@@ -28,11 +28,7 @@ from .objectives import OBJECTIVES, TRL_LOSSES, check_objectives
 PER_ITERATION = ("learning_rate", "num_train_epochs", "beta", "sft_weight")
 # Options of `DPOConfig` and `TrainingArguments` that contradict self-play: name -> (the value that is accepted, reason).
 _FIXED_OPTIONS = {
-    "precompute_ref_log_probs": (
-        True,
-        "SPIN's reference is the policy itself at the start of each iteration: it is scored once, and no second model "
-        "is ever loaded",
-    ),
+    "precompute_ref_log_probs": (True, "the reference, which is the policy itself, is scored once per iteration"),
     "ld_alpha": (None, "the reference log-probs of SPIN are sums over whole completions"),
     "sync_ref_model": (False, "the reference changes at the iteration boundary and nowhere else"),
     "padding_free": (False, "DPOTrainer ignores it since TRL 1.0"),
@@ -40,20 +36,24 @@ _FIXED_OPTIONS = {
     "auto_find_batch_size": (False, "it restarts the training loop in the middle of an iteration"),
     "dataloader_persistent_workers": (False, "such workers would keep the completions of an earlier opponent"),
     "ignore_data_skip": (False, "a resumed run goes on with the rows that it has not yet seen in the epoch"),
-    "enable_jit_checkpoint": (
-        False,
-        "self-play does it itself, in generation too: at SIGTERM it saves its work and stops, all processes together",
-    ),
+    "enable_jit_checkpoint": (False, "at SIGTERM, self-play saves its work by itself, in generation too"),
     "eval_on_start": (False, "the game on the held-out prompts starts with the first iteration, not before it"),
-    "hub_strategy": (
-        HubStrategy.END,
-        "a push at each checkpoint uploads the whole output directory, and with it the games, which hold your data",
-    ),
+    "hub_strategy": (HubStrategy.END, "a push at each checkpoint would upload the games, and with them your data"),
     "load_best_model_at_end": (
         False,
-        "each iteration plays against another opponent, so its evaluation losses cannot be compared; each iteration's "
-        "model is kept in `output_dir/iteration-<t>`, and `load_best_iteration_at_end` compares them by a number that can",
+        "evaluation losses against different opponents cannot be compared; `load_best_iteration_at_end` compares by a "
+        "number that can, and each iteration's model is kept in `output_dir/iteration-<t>`",
     ),
+}
+# Options with a smallest value, and what it means
+_AT_LEAST = {
+    "num_self_play_iterations": (1, "plain supervised fine-tuning is for `trl.SFTTrainer`"),
+    "temperature": (0, "greedy"),
+    "held_out_size": (0, "none"),
+    "num_probes": (0, "none"),
+    "opponent_history": (0, "plain SPIN"),
+    "max_completion_length": (1, "token"),
+    "generation_token_budget": (1, "token"),
 }
 
 
@@ -218,8 +218,7 @@ class SPINConfig(Generate.Options, ContinuousBatching.Options, VLLM.Options, Sam
     > `num_train_epochs` (2 per iteration instead of 3), `beta` (1.0 instead of 0.1), and the last five above.
     """
 
-    _VALID_DICT_FIELDS = [
-        *DPOConfig._VALID_DICT_FIELDS,
+    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + [
         "chat_template_kwargs",
         "generation_kwargs",
         "transformers_continuous_batching_config",
@@ -274,11 +273,7 @@ class SPINConfig(Generate.Options, ContinuousBatching.Options, VLLM.Options, Sam
     write_report: bool = True
 
     def __post_init__(self):
-        if self.num_self_play_iterations < 1:
-            raise ValueError(
-                f"`num_self_play_iterations` must be at least 1, got {self.num_self_play_iterations}. For plain "
-                "supervised fine-tuning, use `trl.SFTTrainer`."
-            )
+        self._check_values()
         for name in PER_ITERATION:
             setattr(self, name, self._as_schedule(name))
         if self.dry_run:
@@ -295,50 +290,32 @@ class SPINConfig(Generate.Options, ContinuousBatching.Options, VLLM.Options, Sam
         for name, (accepted, reason) in _FIXED_OPTIONS.items():
             if getattr(self, name) != accepted:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` contradicts self-play: {reason}. Leave it unset.")
-        self._check_values()
         self._check_objective()
         chosen_engine(self)
 
     def _check_values(self):
-        if (self.prompt_column is None) != (self.completion_column is None):
+        messages, prompt, completion = self.messages_column, self.prompt_column, self.completion_column
+        if (prompt is None) != (completion is None) or (messages is not None and prompt is not None):
             raise ValueError(
-                f"`prompt_column` ({self.prompt_column!r}) and `completion_column` ({self.completion_column!r}) go "
-                "together: set both, or use `messages_column` for conversations."
+                f"`prompt_column` ({prompt!r}) and `completion_column` ({completion!r}) go together, and without "
+                f"`messages_column` ({messages!r}), which is for conversations. Set the two, or the third."
             )
-        if self.messages_column is not None and self.prompt_column is not None:
-            raise ValueError(
-                f"`messages_column` ({self.messages_column!r}) and `prompt_column` ({self.prompt_column!r}) name two "
-                "sources for the same rows: set one of them."
-            )
-        meanings = {
-            "temperature": "greedy",
-            "held_out_size": "none",
-            "num_probes": "none",
-            "opponent_history": "plain SPIN",
-        }
-        for name, meaning in meanings.items():
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be 0 ({meaning}) or more, got {getattr(self, name)}.")
-        for name in ("max_completion_length", "generation_token_budget"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, (least, meaning) in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least} ({meaning}), got {value}.")
         for name in ("train_sampling_strategy", "truncated_completions"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
 
     def _check_objective(self):
-        options = type(self).__dataclass_fields__
-        check_objectives(
-            self.loss_type,
-            {name: getattr(self, name) for name, option in options.items() if getattr(self, name) != option.default},
-        )
+        changed = {name: value for name, value in vars(self).items() if value != getattr(type(self), name, value)}
+        check_objectives(self.loss_type, changed)
         if self.space_mu <= 0:
             raise ValueError(f"`space_mu` must be positive, got {self.space_mu}.")
         if self.use_weighting and set(self.loss_type) & (OBJECTIVES.keys() - TRL_LOSSES.keys()):
-            raise ValueError(
-                f"`use_weighting` is an option of `DPOTrainer`'s losses, and does nothing for {self.loss_type}."
-            )
+            raise ValueError(f"`use_weighting` is an option of TRL's losses, and does nothing for {self.loss_type}.")
         if max(self.per_iteration("sft_weight")) > 0 and "sft" in self.loss_type:
             raise ValueError(
                 f"`sft_weight={self.sft_weight}` and 'sft' in `loss_type` ({self.loss_type}) are the same anchor: give "
@@ -352,17 +329,14 @@ class SPINConfig(Generate.Options, ContinuousBatching.Options, VLLM.Options, Sam
             raise ValueError(f"`{name}` is an empty list. Give one value, or one per iteration.")
         if len(values) > self.num_self_play_iterations:
             warnings.warn(
-                f"`{name}` has {len(values)} values, {values}, but there are only {self.num_self_play_iterations} "
-                "iterations (`num_self_play_iterations`): the last values are not used.",
+                f"`{name}` has {len(values)} values for {self.num_self_play_iterations} iterations: the last are not used.",
                 stacklevel=4,
             )
-        if name == "learning_rate" and len(values) > 1 and not all(v > 0 for v in values):
+        if name == "learning_rate" and len(values) > 1 and not min(values) > 0:
             raise ValueError(f"`learning_rate` must be positive in every iteration, got {values}.")
         if name == "num_train_epochs":
-            if any(v < 1 or v != int(v) for v in values):
-                raise ValueError(
-                    f"`num_train_epochs` counts whole passes over the prompts per iteration, got {values}."
-                )
+            if any(v < 1 or v % 1 for v in values):
+                raise ValueError(f"`num_train_epochs` counts whole passes over the prompts, got {values}.")
             values = [int(v) for v in values]
         # A single value stays a plain number, which is what the rest of transformers expects.
         return values[0] if len(values) == 1 else values
@@ -380,5 +354,4 @@ class SPINConfig(Generate.Options, ContinuousBatching.Options, VLLM.Options, Sam
         """
         value = getattr(self, name)
         values = value if isinstance(value, list) else [value]
-        values = values + values[-1:] * (self.num_self_play_iterations - len(values))
-        return values[: self.num_self_play_iterations]
+        return [values[min(i, len(values) - 1)] for i in range(self.num_self_play_iterations)]

@@ -42,7 +42,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .callbacks import SelfPlayCallback
 from .compat import check_forward, no_model_hash, prepare_model
-from .data import hold_out, make_rules, prepare_dataset
+from .data import RowReader, hold_out, make_rules, prepare_dataset
 from .engines import Generate, chosen_engine
 from .iterations import BestIterationCallback, CompletionMetricsCallback, IterationCallback, Yardstick
 from .measures import Measures, StepMonitor
@@ -331,14 +331,12 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         # The last thing that DPOTrainer does with a dataset. There is nothing to score before the opponent has
         # completed the prompts, so this is where SFT rows become the prompts and real completions of a game
         args, tokenizer = self.args, self._tokenizer
-        if self.game.rules is None:
+        reader, rules = RowReader.of(dataset, name, tokenizer, args), self.game.rules
+        if rules is None:
             play_identical = not self.losses.of_margin
-            self.game.rules = make_rules(dataset, name, tokenizer, self.model, args, play_identical)
-        rules = self.game.rules
+            rules = self.game.rules = make_rules(reader, dataset[0], self.model, args, play_identical)
         with args.main_process_first(desc=f"Tokenizing {name} dataset"):
-            rows, left_out = prepare_dataset(
-                dataset, name, tokenizer, args, rules.end_token_ids, rules.max_length, self._rows.get(name)
-            )
+            rows, left_out = prepare_dataset(dataset, reader, rules, self._rows.get(name), args.dataset_num_proc)
         self.game.left_out[name] = dict(left_out)
         self.game.datasets[name] = GameDataset(name, rows)
         self.game.settings = game_settings(args, self.game)
