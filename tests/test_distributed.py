@@ -21,12 +21,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_args, make_dataset, make_model, make_tokenizer
+from accelerate.utils import gather_object
+from conftest import callback_of, make_args, make_dataset, make_model, make_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from trl_spin import SPINTrainer, memory
-from trl_spin.game import load_game
+from trl_spin import SelfPlayCallback, SPINTrainer, memory
+from trl_spin.run.games import load_game
 
 
 def play(output_dir, kind: str, batch_size: int, **options):
@@ -42,7 +43,7 @@ def play(output_dir, kind: str, batch_size: int, **options):
             max_completion_length=60,
             # Pairs that are not played fall on the processes unevenly
             truncated_completions="drop" if kind == "full" else "keep",
-            # At 0, all engines give the same answers
+            # At 0, all engines give the same completions
             temperature=0.0 if kind == "continuous" else 1.0,
             **{"generation_token_budget": 400} | options,
         ),
@@ -97,6 +98,8 @@ if __name__ == "__main__":
     trainer = play(
         sys.argv[1], kind, batch_size=2, use_transformers_continuous_batching=kind == "continuous", **options
     )
-    assert trainer.model.is_activation_checkpointing == (kind == "lora")
-    assert trainer.args.generation_token_budget < memory._DEFAULT_BUDGET
+    if kind == "lora":
+        decisions = trainer.model.is_activation_checkpointing, callback_of(trainer, SelfPlayCallback).engine.token_budget
+        first, second = gather_object([decisions])
+        assert first == second == (True, decisions[1]) and decisions[1] < memory.DEFAULT_BUDGET
     trainer.end()  # a process that left before the other was done would be aborted

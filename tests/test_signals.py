@@ -28,10 +28,11 @@ from conftest import logp, make_dataset, make_model, make_tokenizer, make_traine
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from trl_spin import display
-from trl_spin.display import show_table
-from trl_spin.game import PAIR_FEATURES, load_game
-from trl_spin.signals import auc, describe_game, distinct_ngrams, find_warnings, proportion_interval, repetition
+from trl_spin.pairs import PAIR_FEATURES
+from trl_spin.report import tables
+from trl_spin.report.signals import auc, describe_game, distinct_ngrams, find_warnings, proportion_interval, repetition
+from trl_spin.report.tables import show_table
+from trl_spin.run.games import load_game
 
 
 # ---- Numbers ----
@@ -89,8 +90,8 @@ def texts(length, seed, first=None, num=100):
         (make_pairs(texts(8, 0), texts(12, 1)), r"Length alone .*AUC 0.00, the generated ones are longer"),
         (make_pairs(texts(12, 0), texts(8, 1)), r"Length alone .*AUC 1.00, the real ones are longer"),
         (make_pairs(texts(8, 0, first=1), texts(8, 1)), r"first token alone .*AUC 0.9"),
-        (make_pairs(texts(8, 0), texts(8, 1), truncated=True), "100% of the generated answers are truncated. Raise"),
-        (make_pairs(texts(8, 0), texts(8, 1)[:1] * 100), "1% of the generated answers are distinct, but 100%"),
+        (make_pairs(texts(8, 0), texts(8, 1), truncated=True), "100% of the generated completions are truncated. Raise"),
+        (make_pairs(texts(8, 0), texts(8, 1)[:1] * 100), "1% of the generated completions are distinct, but 100%"),
         (make_pairs(texts(8, 0), [[i] * 8 for i in range(100)]), "80% of the 4-grams .* loops"),
         (make_pairs(texts(8, 0), texts(8, 1), real_nll=1.1), "less likely: .*1.000 -> 1.100 per token.* overshot"),
     ],
@@ -105,9 +106,9 @@ def test_shortcuts_and_collapse_are_named_with_the_remedy(pairs, message):
         assert re.search(message, warnings), warnings
 
 
-def test_pairs_that_are_not_played_say_nothing_of_generated_answers():
+def test_pairs_that_are_not_played_say_nothing_of_generated_completions():
     pairs = make_pairs(texts(8, 0), texts(8, 1), real_nll=2.0)
-    # As the trainer stores them: twice the real answer's log-prob
+    # As the trainer stores them: twice the real completion's log-prob
     unplayed = [
         row | {"played": False, "ref_generated_logps": row["ref_real_logps"]} for row in pairs.select(range(50))
     ]
@@ -123,9 +124,9 @@ def test_rows_are_held_out_by_an_option(tmp_path):
     dataset = make_dataset(20)
     trainer = make_trainer(tmp_path, dataset=dataset, held_out_size=6, max_prompts=10)
     trainer.train()
-    rows = {name: game.rows["row"][:] for name, game in trainer.games.items()}
+    rows = {name: game.rows["row"][:] for name, game in trainer.game.datasets.items()}
     assert len(rows["train"]) == 10 and len(rows["eval"]) == 6 and not {*rows["train"]} & {*rows["eval"]}
-    for game in trainer.games.values():
+    for game in trainer.game.datasets.values():
         for row in game.rows:
             real = trainer.processing_class.decode(row["real_ids"])
             assert real == dataset[row["row"]]["messages"][1]["content"] + "<|im_end|>"
@@ -149,27 +150,27 @@ def test_choosing_needs_held_out_prompts(tmp_path, option):
 def test_numbers_of_the_user_are_those_of_each_model(tmp_path):
     seen = []
 
-    def measure(prompts, answers, real):
-        seen.append((prompts, answers, real))
-        return {"length": sum(map(len, answers)) / len(answers)}
+    def measure(prompts, completions, real):
+        seen.append((prompts, completions, real))
+        return {"length": sum(map(len, completions)) / len(completions)}
 
     trainer = make_trainer(
-        tmp_path, eval_dataset=make_dataset(5), compute_answer_metrics=measure, num_self_play_iterations=2
+        tmp_path, eval_dataset=make_dataset(5), compute_completion_metrics=measure, num_self_play_iterations=2
     )
     trainer.train()
     tokenizer = trainer.processing_class
     assert seen[0][0][0] == "user\nCount to 1.\nassistant\n" and seen[0][2][1] == "1 2"
     for iteration in range(2):
         generated = load_game(str(tmp_path), iteration)["eval"]["generated_ids"]
-        answers = tokenizer.batch_decode(generated[:], skip_special_tokens=True)
+        completions = tokenizer.batch_decode(generated[:], skip_special_tokens=True)
         manifest = json.loads((tmp_path / "self_play" / f"iteration-{iteration}" / "manifest.json").read_text())
-        expected = sum(map(len, answers)) / 5
-        assert manifest["metrics"]["eval_answers/length"] == expected
-        if iteration == 1:  # the answers of the model that iteration 0 made
+        expected = sum(map(len, completions)) / 5
+        assert manifest["metrics"]["eval_completions/length"] == expected
+        if iteration == 1:  # the completions of the model that iteration 0 made
             record = json.loads((tmp_path / "iteration-0" / "self_play.json").read_text())
-            assert record["eval_answers/length"] == expected
-            assert seen[1][1] == answers == seen[2][1]
-    assert len(seen) == 4
+            assert record["eval_completions/length"] == expected
+            assert seen[1][1] == completions
+    assert len(seen) == 3  # models
 
 
 # ---- Stopping and choosing ----
@@ -219,8 +220,8 @@ def test_the_game_ends_when_the_sides_cannot_be_told_apart(tmp_path, caplog):
         eval_dataset=make_dataset(6),
         learning_rate=1e-12,
         early_stopping=True,
-        metric_for_best_iteration="eval_answers/none",
-        compute_answer_metrics=lambda *texts: {"none": 0.0},
+        metric_for_best_iteration="eval_completions/none",
+        compute_completion_metrics=lambda *texts: {"none": 0.0},
     )
     trainer.train()
     assert "can no longer be told apart (accuracy between" in caplog.text
@@ -249,9 +250,9 @@ def test_probes_have_the_same_seeds_in_every_iteration(tmp_path, capsys):
 
 
 def test_model_output_is_text_in_tables(monkeypatch, capsys):
-    rows = [["prompt", "answer"], ["[bold]x[/bold] [link=http://a]b[/link]", "\x1b[31mred\x07 :smile:"]]
+    rows = [["prompt", "completion"], ["[bold]x[/bold] [link=http://a]b[/link]", "\x1b[31mred\x07 :smile:"]]
     for rich in (True, False):
-        monkeypatch.setattr(display, "is_rich_available", lambda rich=rich: rich)
+        monkeypatch.setattr(tables, "is_rich_available", lambda rich=rich: rich)
         show_table("[red]title", rows)
         out = capsys.readouterr().out
         for text in ("[red]title", "[bold]x[/bold]", ":smile:"):
