@@ -253,6 +253,17 @@ def test_settings_that_change_nothing_may_change(run):
         resume(output_dir)
 
 
+def test_more_iterations_are_played_as_if_they_had_been_planned(tmp_path, stopped):
+    make_trainer(tmp_path, save_total_limit=0, **GAME | {"num_self_play_iterations": 1}).train()
+    assert_same_weights(resume(tmp_path), stopped[1])
+
+    def logged(output_dir):
+        history = json.loads((output_dir / "self_play" / "log_history.json").read_text())
+        return [(logs["step"], logs["learning_rate"], logs["loss"]) for logs in history if "loss" in logs]
+
+    assert len(logged(tmp_path)) == 12 and logged(tmp_path) == logged(stopped[0].with_name("straight"))
+
+
 def test_folders_of_earlier_iterations_may_be_deleted(run):
     output_dir, expected = run
     shutil.rmtree(output_dir / "iteration-0")

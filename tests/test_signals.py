@@ -19,6 +19,7 @@ import itertools
 import json
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas
@@ -27,9 +28,11 @@ import torch
 from conftest import logp, make_dataset, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from trl_spin.pairs import PAIR_FEATURES
 from trl_spin.report import tables
+from trl_spin.report.reader import read_run
 from trl_spin.report.signals import auc, describe_game, distinct_ngrams, find_warnings, proportion_interval, repetition
 from trl_spin.report.tables import show_table
 from trl_spin.run.games import load_game
@@ -67,7 +70,6 @@ def make_pairs(real, generated, real_nll=1.0, **flags):
                 **{"row": i, "opponent": 0, "prompt_ids": [0], "real_ids": r, "generated_ids": g},
                 **{"truncated": False, "empty": False, "identical": False, "played": True, **flags},
                 **{"ref_real_logps": -real_nll * len(r), "ref_generated_logps": -1.0 * len(g)},
-                **{"base_real_logps": None, "base_generated_logps": None},
             }
             for i, (r, g) in enumerate(zip(real, generated, strict=True))
         ],
@@ -171,6 +173,56 @@ def test_numbers_of_the_user_are_those_of_each_model(tmp_path):
             assert record["eval_completions/length"] == expected
             assert seen[1][1] == completions
     assert len(seen) == 3  # models
+    # Of the last one, against which nothing is played, nothing is left that looks like an iteration to come
+    assert not list(tmp_path.rglob("completions-*"))
+    assert read_run(tmp_path).notes == []
+
+
+def untimed(log_history):
+    """What was logged, without times and what the user's function measured."""
+    left_out = ("time", "second", "completions/")
+    logged = [{k: v for k, v in logs.items() if not any(part in k for part in left_out)} for logs in log_history]
+    return [logs for logs in logged if logs.keys() - {"step", "epoch"}]
+
+
+def test_numbers_of_the_user_leave_all_others_alone(tmp_path):
+    kwargs = {"eval_dataset": make_dataset(5), "logging_steps": 2}
+    plain = make_trainer(tmp_path / "plain", **kwargs)
+    plain.train()
+    trainer = make_trainer(tmp_path / "run", compute_completion_metrics=lambda *texts: {"one": 1.0}, **kwargs)
+    trainer.train()
+    # Logs of the last steps against one opponent, too, and of the first ones against the next
+    assert untimed(trainer.state.log_history) == untimed(plain.state.log_history)
+    for iteration, last_step in enumerate((3, 6)):
+        logs = next(logs for logs in trainer.state.log_history if logs["step"] == last_step and "loss" in logs)
+        record = json.loads((tmp_path / "run" / f"iteration-{iteration}" / "self_play.json").read_text())
+        card = (tmp_path / "run" / f"iteration-{iteration}" / "README.md").read_text()
+        for name in ("rewards/accuracies", "rewards/margins"):
+            assert record[name] == logs[name] != 0
+            assert f"| {logs[name]:.4g} " in card
+
+
+def test_a_run_with_numbers_of_the_user_can_be_resumed(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 5
+
+    kwargs = {"eval_dataset": make_dataset(5), "save_strategy": "steps", "save_steps": 4}
+    kwargs["compute_completion_metrics"] = lambda *texts: {"length": sum(map(len, texts[1]))}
+    straight = make_trainer(tmp_path / "straight", **kwargs)
+    straight.train()
+    make_trainer(tmp_path / "run", callbacks=[Stop()], **kwargs).train()
+    trainer = make_trainer(tmp_path / "run", **kwargs)
+    trainer.train(resume_from_checkpoint=True)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, straight.model.state_dict()[name]), name
+    for iteration in range(2):
+        path = Path(f"iteration-{iteration}", "self_play.json")
+        records = [json.loads((tmp_path / run / path).read_text()) for run in ("run", "straight")]
+        assert records[0]["eval_completions/length"] == records[1]["eval_completions/length"] > 0
+        record, expected = untimed(records)
+        # Tokens are counted from where a run goes on
+        assert record | {"num_tokens": 0, "eval_num_tokens": 0} == expected | {"num_tokens": 0, "eval_num_tokens": 0}
 
 
 # ---- Stopping and choosing ----
@@ -188,6 +240,23 @@ def test_the_game_ends_when_an_iteration_hurts_and_returns_to_the_best_model(tmp
         assert torch.equal(tensor, start[name]), name
     record = json.loads((tmp_path / "iteration-0" / "self_play.json").read_text())
     assert record["verdict"].endswith("hurt")
+
+
+def test_a_game_that_has_ended_does_not_go_on_when_it_is_resumed(tmp_path):
+    kwargs = {"eval_dataset": make_dataset(6), "learning_rate": [1.0, 1e-3], "save_strategy": "epoch"}
+    for _ in range(3):  # the same command
+        trainer = make_trainer(tmp_path, early_stopping=True, **kwargs)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 3
+        assert [path.name for path in tmp_path.glob("iteration-*")] == ["iteration-0"]
+        assert [path.parent.name for path in tmp_path.glob("self_play/*/manifest.json")] == ["iteration-0"]
+        kept = load_file(tmp_path / "iteration-0" / "model.safetensors")
+        for name, tensor in kept.items():
+            assert torch.equal(tensor, trainer.model.state_dict()[name]), name
+    trainer = make_trainer(tmp_path, **kwargs)  # without `early_stopping`, it does
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    assert (tmp_path / "iteration-1" / "self_play.json").is_file()
 
 
 def test_the_best_iteration_may_be_one_in_between(tmp_path, caplog):
