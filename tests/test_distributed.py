@@ -99,7 +99,10 @@ if __name__ == "__main__":
         sys.argv[1], kind, batch_size=2, use_transformers_continuous_batching=kind == "continuous", **options
     )
     if kind == "lora":
-        decisions = trainer.model.is_activation_checkpointing, callback_of(trainer, SelfPlayCallback).engine.token_budget
+        decisions = (
+            trainer.model.is_activation_checkpointing,
+            callback_of(trainer, SelfPlayCallback).engine.token_budget,
+        )
         first, second = gather_object([decisions])
         assert first == second == (True, decisions[1]) and decisions[1] < memory.DEFAULT_BUDGET
     trainer.end()  # a process that left before the other was done would be aborted

@@ -361,7 +361,9 @@ def test_out_of_memory_names_the_option(tmp_path, monkeypatch, function, option)
     assert str(error.value).count("Out of memory in") == 1
 
 
-@pytest.mark.parametrize("full", ["self_play/iteration-1/train-00000.parquet.tmp", ".saving/checkpoint-6/optimizer.pt"])
+@pytest.mark.parametrize(
+    "full", ["self_play/iteration-1/train-00000.parquet.tmp", ".saving/checkpoint-6/optimizer.pt"]
+)
 def test_a_full_disk(tmp_path, stopped, full):
     class Fill(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -520,7 +522,9 @@ def row(content, completion="Blue."):
         pytest.param([{"prompt": [USER], "completion": "x"}], {}, "Row 0 .*Both must be", id="54 mixed formats"),
         pytest.param([GOOD, row("x", "")], {}, {"empty_real": 1}, id="54 empty completion"),
         pytest.param([row("", "x")], {}, {}, id="54 empty prompt in a template"),
-        pytest.param([GOOD, row("x", "a<|im_end|>b")], {}, {"end_token_in_real": 1}, id="56 end token in an completion"),
+        pytest.param(
+            [GOOD, row("x", "a<|im_end|>b")], {}, {"end_token_in_real": 1}, id="56 end token in a completion"
+        ),
         pytest.param([row("a<|im_end|>b<|im_start|>c")], {}, {}, id="56 special tokens in a prompt"),
         pytest.param([row("\u202e\x00 \ufeff", "\U0001f600\x00\u200f")], {}, {}, id="56 unicode"),
         pytest.param([GOOD], {}, {}, id="59 one row"),

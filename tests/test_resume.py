@@ -18,7 +18,6 @@ a run that was left alone.
 """
 
 import hashlib
-import itertools
 import json
 import multiprocessing
 import multiprocessing.connection

@@ -92,7 +92,10 @@ def texts(length, seed, first=None, num=100):
         (make_pairs(texts(8, 0), texts(12, 1)), r"Length alone .*AUC 0.00, the generated ones are longer"),
         (make_pairs(texts(12, 0), texts(8, 1)), r"Length alone .*AUC 1.00, the real ones are longer"),
         (make_pairs(texts(8, 0, first=1), texts(8, 1)), r"first token alone .*AUC 0.9"),
-        (make_pairs(texts(8, 0), texts(8, 1), truncated=True), "100% of the generated completions are truncated. Raise"),
+        (
+            make_pairs(texts(8, 0), texts(8, 1), truncated=True),
+            "100% of the generated completions are truncated. Raise",
+        ),
         (make_pairs(texts(8, 0), texts(8, 1)[:1] * 100), "1% of the generated completions are distinct, but 100%"),
         (make_pairs(texts(8, 0), [[i] * 8 for i in range(100)]), "80% of the 4-grams .* loops"),
         (make_pairs(texts(8, 0), texts(8, 1), real_nll=1.1), "less likely: .*1.000 -> 1.100 per token.* overshot"),
