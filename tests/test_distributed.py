@@ -14,6 +14,7 @@
 
 """Runs of two processes on the CPU (gloo), against the same run of one process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,12 +22,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_args, make_dataset, make_model, make_tokenizer
+from conftest import callback_of, make_args, make_dataset, make_model, make_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from trl_spin import SPINTrainer, memory
-from trl_spin.game import load_game
+from trl_spin import SelfPlayCallback, SPINTrainer, memory
+from trl_spin.run.games import load_game
 
 
 def play(output_dir, kind: str, batch_size: int, **options):
@@ -42,7 +43,7 @@ def play(output_dir, kind: str, batch_size: int, **options):
             max_completion_length=60,
             # Pairs that are not played fall on the processes unevenly
             truncated_completions="drop" if kind == "full" else "keep",
-            # At 0, all engines give the same answers
+            # At 0, all engines give the same completions
             temperature=0.0 if kind == "continuous" else 1.0,
             **{"generation_token_budget": 400} | options,
         ),
@@ -75,6 +76,10 @@ def test_two_processes_play_the_same_game_as_one(tmp_path, kind):
         text=True,
     )
     assert result.returncode == 0, result.stderr
+    first, second = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    if kind == "lora":
+        assert first[0] and first[1] < memory.DEFAULT_BUDGET
     for iteration in range(2):
         one, two = (load_game(str(tmp_path / run), iteration) for run in ("one", "two"))
         for name in ("train", "eval"):
@@ -97,6 +102,6 @@ if __name__ == "__main__":
     trainer = play(
         sys.argv[1], kind, batch_size=2, use_transformers_continuous_batching=kind == "continuous", **options
     )
-    assert trainer.model.is_activation_checkpointing == (kind == "lora")
-    assert trainer.args.generation_token_budget < memory._DEFAULT_BUDGET
+    decisions = trainer.model.is_activation_checkpointing, callback_of(trainer, SelfPlayCallback).engine.token_budget
+    Path(f"{sys.argv[1]}-{os.environ['RANK']}.json").write_text(json.dumps(decisions))
     trainer.end()  # a process that left before the other was done would be aborted

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Faults of files, settings, numbers, data and the opponent's answers: each is named, and none changes a result."""
+"""Faults of files, settings, numbers, data and the opponent's completions: each is named, and none changes a result."""
 
 import errno
 import json
@@ -24,12 +24,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dataset, make_model, make_tokenizer, make_trainer
+from conftest import Scripted, callback_of, make_dataset, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from trl_spin.game import iteration_dir, load_game, read_manifest
+from trl_spin import SelfPlayCallback
+from trl_spin.memory import MemoryPlan
+from trl_spin.preflight import PreflightCallback
+from trl_spin.run.files import game_dir
+from trl_spin.run.games import load_game, read_manifest
 
 
 GAME = {"num_self_play_iterations": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
@@ -78,20 +82,12 @@ def resume(output_dir, resume_from_checkpoint=True, **kwargs):
 # ---- Checkpoints ----
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, cut], ids=["missing", "cut"])
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
-)
-def test_an_incomplete_checkpoint_is_skipped_and_named(run, caplog, file, damage):
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_checkpoint_that_lacks_a_file_is_skipped_and_named(run, caplog, file):
     output_dir, expected = run
-    damage(output_dir / "checkpoint-8" / file)
+    (output_dir / "checkpoint-8" / file).unlink()
     trainer = resume(output_dir)
-    assert "checkpoint-8" in caplog.text
-    assert file in caplog.text or "weights are missing" in caplog.text
+    assert "checkpoint-8" in caplog.text and f"{file} is missing" in caplog.text
     assert_same_weights(trainer, expected)
 
 
@@ -116,7 +112,7 @@ def test_without_a_usable_checkpoint_a_run_starts_over_only_if_no_iteration_is_l
 
 def test_model_only_checkpoints_are_complete_if_asked_for(tmp_path):
     make_trainer(tmp_path, callbacks=[Stop(7)], save_only_model=True, **GAME).train()
-    with pytest.raises(ValueError, match="checkpoint-6: optimizer.pt is missing"):
+    with pytest.raises(ValueError, match="checkpoint-6: rng_state.pth is missing"):
         resume(tmp_path)
     assert resume(tmp_path, save_only_model=True).state.global_step == 12
 
@@ -136,6 +132,17 @@ def test_checkpoints_that_a_resume_needs_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-18"]
 
 
+def test_the_best_checkpoint_is_kept_under_its_own_name(tmp_path):
+    kwargs = GAME | {"num_self_play_iterations": 3, "learning_rate": [1e-3, 1.0, 1.0], "save_total_limit": 2}
+    kwargs |= {"eval_dataset": make_dataset(5), "metric_for_best_model": "nll/real", "greater_is_better": False}
+    make_trainer(tmp_path, callbacks=[Stop(9)], **kwargs).train()
+    resume(tmp_path, **kwargs)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-16", "checkpoint-18", "checkpoint-6"]
+    for step in (6, 18):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-6")
+
+
 # ---- The artefact ----
 
 
@@ -147,7 +154,7 @@ def flip_a_byte(path):
 
 def test_a_damaged_game_is_named_and_made_again(run, caplog):
     output_dir, expected = run
-    shard = iteration_dir(output_dir, 1) / "train-00000.parquet"
+    shard = game_dir(output_dir, 1) / "train-00000.parquet"
     before = shard.read_bytes()
     flip_a_byte(shard)
     with pytest.raises(ValueError, match="train-00000.parquet is damaged"):
@@ -157,7 +164,7 @@ def test_a_damaged_game_is_named_and_made_again(run, caplog):
     assert shard.read_bytes() == before
 
 
-def test_an_edited_shard_of_answers_is_named_and_made_again(tmp_path, caplog, monkeypatch):
+def test_an_edited_shard_of_completions_is_named_and_made_again(tmp_path, caplog, monkeypatch):
     class Killed(Exception):
         pass
 
@@ -165,22 +172,22 @@ def test_an_edited_shard_of_answers_is_named_and_made_again(tmp_path, caplog, mo
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("trl_spin.generation._COMMIT_SECONDS", -1)
+        patch.setattr("trl_spin.run.processes.COMMIT_SECONDS", -1)
         patch.setattr("trl_spin.callbacks.SelfPlayCallback.score", scored)
         with pytest.raises(Killed):
             make_trainer(tmp_path, generation_token_budget=130).train()
-    first, *others = sorted(tmp_path.glob("self_play/iteration-0/answers-*/train-*.parquet"))
+    first, *others = sorted(tmp_path.glob("self_play/iteration-0/completions-*/train-*.parquet"))
     assert others
     flip_a_byte(first)
     trainer = make_trainer(tmp_path, generation_token_budget=130)
     trainer.train(resume_from_checkpoint=True)
     assert f"{first} is damaged" in caplog.text
-    # Only the answers of that shard were generated again, and the whole game is as it should be
-    assert "prompts have been answered already" in caplog.text and "12 of 12" not in caplog.text
+    # Only the completions of that shard were generated again, and the whole game is as it should be
+    assert "prompts have been completed already" in caplog.text and "12 of 12" not in caplog.text
     straight = make_trainer(tmp_path / "straight", generation_token_budget=130)
     straight.train()
     assert_same_weights(straight, weights(trainer))
-    assert not list(tmp_path.rglob("answers-*"))
+    assert not list(tmp_path.rglob("completions-*"))
 
 
 def test_the_manifest_says_what_the_game_depends_on(stopped):
@@ -195,7 +202,7 @@ def test_the_manifest_says_what_the_game_depends_on(stopped):
 
 def test_a_game_of_another_schema_is_refused(run):
     output_dir, _ = run
-    path = iteration_dir(output_dir, 1) / "manifest.json"
+    path = game_dir(output_dir, 1) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
     with pytest.raises(ValueError, match="schema version 99"):
         resume(output_dir)
@@ -246,10 +253,21 @@ def test_settings_that_change_nothing_may_change(run):
         resume(output_dir)
 
 
+def test_more_iterations_are_played_as_if_they_had_been_planned(tmp_path, stopped):
+    make_trainer(tmp_path, save_total_limit=0, **GAME | {"num_self_play_iterations": 1}).train()
+    assert_same_weights(resume(tmp_path), stopped[1])
+
+    def logged(output_dir):
+        history = json.loads((output_dir / "self_play" / "log_history.json").read_text())
+        return [(logs["step"], logs["learning_rate"], logs["loss"]) for logs in history if "loss" in logs]
+
+    assert len(logged(tmp_path)) == 12 and logged(tmp_path) == logged(stopped[0].with_name("straight"))
+
+
 def test_folders_of_earlier_iterations_may_be_deleted(run):
     output_dir, expected = run
     shutil.rmtree(output_dir / "iteration-0")
-    shutil.rmtree(iteration_dir(output_dir, 0))
+    shutil.rmtree(game_dir(output_dir, 0))
     assert_same_weights(resume(output_dir), expected)
 
 
@@ -343,15 +361,27 @@ def test_out_of_memory_names_the_option(tmp_path, monkeypatch, function, option)
     assert str(error.value).count("Out of memory in") == 1
 
 
-@pytest.mark.parametrize("full", ["self_play/iteration-1/train-00000.parquet.tmp", "checkpoint-8/optimizer.pt"])
+@pytest.mark.parametrize(
+    "full", ["self_play/iteration-1/train-00000.parquet.tmp", ".saving/checkpoint-6/optimizer.pt"]
+)
 def test_a_full_disk(tmp_path, stopped, full):
-    path = tmp_path / full
-    path.parent.mkdir(parents=True)
-    path.symlink_to("/dev/full")  # every write fails with "no space left on device"
+    class Fill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                (tmp_path / full).parent.mkdir(parents=True)
+                (tmp_path / full).symlink_to("/dev/full")  # every write fails with "no space left on device"
+
     with pytest.raises(OSError, match=rf"Writing to {tmp_path} failed.*B are free there.*intact"):
-        make_trainer(tmp_path, save_total_limit=0, **GAME).train()
-    path.unlink()
+        make_trainer(tmp_path, callbacks=[Fill()], save_total_limit=0, **GAME).train()
+    # A checkpoint is there whole or not at all, and what was written of one goes with the next
+    written = ["checkpoint-4"] if "checkpoint" in full else ["checkpoint-4", "checkpoint-6"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == written
+    (tmp_path / full).unlink()
     assert_same_weights(resume(tmp_path), stopped[1])
+    written = {f"checkpoint-{step}" for step in (4, 6, 8, 12)}
+    assert {p.name for p in tmp_path.iterdir()} == {*written, "README.md", "iteration-0", "iteration-1", "self_play"}
+    files, expected = (sorted(p.name for p in (path / "checkpoint-6").iterdir()) for path in (tmp_path, stopped[0]))
+    assert files == expected
 
 
 def test_a_directory_that_cannot_be_written_to():
@@ -372,7 +402,7 @@ def test_dry_run_prints_the_plan_and_stops(tmp_path, capsys):
         "one copy in memory",
         "10 prompts (0 rows left out)",
         "9 steps in all",
-        "20 answers of up to 12 tokens",
+        "20 completions of up to 12 tokens",
     ):
         assert text in plan
     assert_same_weights(trainer, before)
@@ -380,18 +410,20 @@ def test_dry_run_prints_the_plan_and_stops(tmp_path, capsys):
     make_trainer(tmp_path).train()  # nothing stands in the way
 
 
-def test_the_rehearsal_leaves_no_trace(tmp_path, monkeypatch):
+def test_the_trial_run_leaves_no_trace(tmp_path, monkeypatch):
     kwargs = {"peft_config": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5), "logging_steps": 2}
-    kwargs["generation_token_budget"] = 4096  # which the rehearsal would find
-    rehearsed = make_trainer(tmp_path / "rehearsed", **kwargs)
-    rehearsed.train()
-    monkeypatch.setattr(
-        "trl_spin.callbacks.SelfPlayCallback.rehearse", lambda self: setattr(self.trainer, "_shares_prefix", True)
-    )
+    tried = make_trainer(tmp_path / "tried", **kwargs)
+    tried.train()
+
+    def decide(self, args):  # as the trial run has it, without one
+        self.trainer.shares_prefix = tried.shares_prefix
+        return MemoryPlan(None, False, callback_of(tried, SelfPlayCallback).engine.token_budget)
+
+    monkeypatch.setattr(PreflightCallback, "run_trial", decide)
     trainer = make_trainer(tmp_path / "not", **kwargs)
     trainer.train()
-    assert_same_weights(trainer, weights(rehearsed))
-    for logs, others in zip(trainer.state.log_history, rehearsed.state.log_history, strict=True):
+    assert_same_weights(trainer, weights(tried))
+    for logs, others in zip(trainer.state.log_history, tried.state.log_history, strict=True):
         timed = ("time", "second", "runtime")
         assert {k: v for k, v in logs.items() if not any(t in k for t in timed)} == {
             k: v for k, v in others.items() if not any(t in k for t in timed)
@@ -402,7 +434,7 @@ def test_a_fault_of_training_shows_before_anything_is_generated(tmp_path):
     model = make_model(make_tokenizer(), attention_dropout=0.5)
     with pytest.raises(ValueError, match="dropout"):
         make_trainer(tmp_path, model=model, disable_dropout=False).train()
-    assert not iteration_dir(str(tmp_path), 0).exists()
+    assert not game_dir(str(tmp_path), 0).exists()
     make_trainer(tmp_path).train()  # the directory is not spoiled
 
 
@@ -434,16 +466,16 @@ def test_updates_that_bfloat16_rounds_away_are_warned_of(tmp_path, caplog, learn
 
 # ---- Hostile rows, by number in the list of faults ----
 
-USER, ANSWER = {"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Blue."}
-GOOD = {"messages": [USER, ANSWER]}
+USER, COMPLETION = {"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Blue."}
+GOOD = {"messages": [USER, COMPLETION]}
 STRICT = (  # a template that insists on turns, as Mistral's and Gemma's
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Roles must alternate.') }}{% endif %}" + make_tokenizer().chat_template.split("%}", 1)[1]
 )
 
 
-def row(content, answer="Blue."):
-    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+def row(content, completion="Blue."):
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": completion}]}
 
 
 @pytest.mark.parametrize(
@@ -452,7 +484,7 @@ def row(content, answer="Blue."):
         pytest.param([GOOD, row("x" * 300)], {"max_length": 128}, {"too_long": 1}, id="49 prompt beyond max_length"),
         pytest.param([row("x" * 300)], {"max_length": 128}, "No row .*raise `max_length`", id="49 all of them"),
         pytest.param(
-            [GOOD, row("x", "y" * 300)], {"max_length": 128}, {"too_long": 1}, id="50 answer beyond max_length"
+            [GOOD, row("x", "y" * 300)], {"max_length": 128}, {"too_long": 1}, id="50 completion beyond max_length"
         ),
         pytest.param(
             [GOOD, row("x" * 600)], {"max_length": None}, {"too_long": 1}, id="51 beyond the model's context"
@@ -464,33 +496,35 @@ def row(content, answer="Blue."):
         pytest.param(
             [GOOD], {"template": "{{ tools[0]['function']['name'] }}"}, "Row 0 .*refuses", id="52 template needs tools"
         ),
-        pytest.param([GOOD, {"messages": [USER, ANSWER, USER]}], {}, {}, id="53 open end"),
-        pytest.param([GOOD, {"messages": [USER]}], {}, "Row 1 .*no assistant turn", id="53 no answer"),
+        pytest.param([GOOD, {"messages": [USER, COMPLETION, USER]}], {}, {}, id="53 open end"),
+        pytest.param([GOOD, {"messages": [USER]}], {}, "Row 1 .*no assistant turn", id="53 no completion"),
         pytest.param(
             [GOOD, {"messages": [{"role": "system", "content": "x"}]}], {}, "Row 1 .*no assistant", id="53 system only"
         ),
         pytest.param([GOOD, {"messages": []}], {}, "Row 1 .*no assistant turn", id="53 empty conversation"),
-        pytest.param([{"messages": [USER, ANSWER, ANSWER]}], {}, {}, id="53 two answers in a row"),
+        pytest.param([{"messages": [USER, COMPLETION, COMPLETION]}], {}, {}, id="53 two completions in a row"),
         pytest.param(
-            [GOOD, {"messages": [USER, ANSWER, ANSWER]}],
+            [GOOD, {"messages": [USER, COMPLETION, COMPLETION]}],
             {"template": STRICT},
             "Row 1 .*must alternate",
             id="53 refused",
         ),
         pytest.param(
-            [GOOD, row("x", None)], {}, "Row 1 .*`content` of a assistant message is None", id="54 None answer"
+            [GOOD, row("x", None)], {}, "Row 1 .*`content` of a assistant message is None", id="54 None completion"
         ),
         pytest.param([GOOD, row(None)], {}, "Row 1 .*`content` of a user message is None", id="54 None prompt"),
         pytest.param([GOOD, {"messages": None}], {}, "Row 1 .*`messages` is None", id="54 None conversation"),
-        pytest.param([{"messages": [{"content": "x"}, ANSWER]}], {}, "Row 0 .*no `role`", id="54 no role"),
+        pytest.param([{"messages": [{"content": "x"}, COMPLETION]}], {}, "Row 0 .*no `role`", id="54 no role"),
         pytest.param([row(3, 4)], {}, "Row 0 .*`content` of a user message is 3", id="54 numbers"),
         pytest.param([row(["x"], ["y"])], {}, "Row 0 .*parts that are not text", id="54 list of strings"),
         pytest.param([{"messages": ["x"]}], {}, "Row 0 .*a message is 'x'", id="54 strings for messages"),
         pytest.param([{"prompt": "x", "completion": 4}], {}, "Row 0 .*`completion` is 4", id="54 number for text"),
         pytest.param([{"prompt": [USER], "completion": "x"}], {}, "Row 0 .*Both must be", id="54 mixed formats"),
-        pytest.param([GOOD, row("x", "")], {}, {"empty_real": 1}, id="54 empty answer"),
+        pytest.param([GOOD, row("x", "")], {}, {"empty_real": 1}, id="54 empty completion"),
         pytest.param([row("", "x")], {}, {}, id="54 empty prompt in a template"),
-        pytest.param([GOOD, row("x", "a<|im_end|>b")], {}, {"end_token_in_real": 1}, id="56 end token in an answer"),
+        pytest.param(
+            [GOOD, row("x", "a<|im_end|>b")], {}, {"end_token_in_real": 1}, id="56 end token in a completion"
+        ),
         pytest.param([row("a<|im_end|>b<|im_start|>c")], {}, {}, id="56 special tokens in a prompt"),
         pytest.param([row("\u202e\x00 \ufeff", "\U0001f600\x00\u200f")], {}, {}, id="56 unicode"),
         pytest.param([GOOD], {}, {}, id="59 one row"),
@@ -515,16 +549,16 @@ def test_hostile_rows(tmp_path, rows, kwargs, outcome):
             play()
         return
     trainer = play()
-    assert trainer.left_out["train"] == outcome
+    assert trainer.game.left_out["train"] == outcome
     assert trainer.state.log_history[0]["self_play/left_out"] == sum(outcome.values())
     pairs = load_game(str(tmp_path), 0)["train"]
     assert len(pairs) == len(rows) - sum(outcome.values())
     for pair in pairs:
-        answer = next(m["content"] for m in rows[pair["row"]]["messages"][::-1] if m["role"] == "assistant")
-        assert tokenizer.decode(pair["real_ids"]) == answer + "<|im_end|>"
+        real = next(m["content"] for m in rows[pair["row"]]["messages"][::-1] if m["role"] == "assistant")
+        assert tokenizer.decode(pair["real_ids"]) == real + "<|im_end|>"
 
 
-def test_duplicates_have_answers_of_their_own(tmp_path):
+def test_duplicates_have_completions_of_their_own(tmp_path):
     make_trainer(tmp_path, dataset=Dataset.from_list([GOOD] * 6)).train()
     assert len(set(map(tuple, load_game(str(tmp_path), 0)["train"]["generated_ids"]))) == 6
 
@@ -540,68 +574,61 @@ def test_more_processes_than_rows_or_batches_without_rows(tmp_path):
 END = make_tokenizer().eos_token_id
 
 
+def opponent(monkeypatch, tmp_path, write, **kwargs):
+    """A trainer whose opponent completes as a function of the index and the real completion does."""
+    trainer = make_trainer(tmp_path, num_self_play_iterations=1, use_script=True, **kwargs)
+    real = trainer.game.train.rows["real_ids"][:]
+    monkeypatch.setattr(
+        Scripted, "script", staticmethod(lambda prompts: [write(i, real[i]) for i in range(len(prompts))])
+    )
+    return trainer
+
+
 @pytest.mark.parametrize(
-    "answer, truncated, kwargs, message",
+    "write, kwargs, message",
     [
-        ([END], False, {}, r"12 are empty.*Row 0: '<\|im_end\|>'.*chat template"),
-        ([220, END], False, {}, "12 are empty"),  # white space
-        ([5, 6], True, {"truncated_completions": "drop"}, "12 are truncated.*raise `max_completion_length`"),
-        ("real", False, {}, "12 are identical.*by heart"),
+        (lambda i, real: [END], {}, r"12 are empty.*Row 0: '<\|im_end\|>'.*chat template"),
+        (lambda i, real: [220, END], {}, "12 are empty"),  # white space
+        (
+            lambda i, real: [5, 6],
+            {"truncated_completions": "drop"},
+            "12 are truncated.*raise `max_completion_length`",
+        ),
+        (lambda i, real: real, {"max_completion_length": 20}, "12 are identical.*memorized"),
     ],
     ids=["37 all empty", "38 all white space", "39 all truncated", "40 all identical"],
 )
-def test_a_game_without_a_pair_to_learn_from_stops(tmp_path, monkeypatch, answer, truncated, kwargs, message):
-    trainer = opponent(
-        monkeypatch, tmp_path, lambda i, real: (real if answer == "real" else answer, truncated), **kwargs
-    )
+def test_a_game_without_a_pair_to_learn_from_stops(tmp_path, monkeypatch, write, kwargs, message):
+    trainer = opponent(monkeypatch, tmp_path, write, **kwargs)
     with pytest.raises(ValueError, match=f"(?s)Iteration 0 has nothing to learn from: .*{message}"):
         trainer.train()
 
 
 @pytest.mark.parametrize(
-    "answer, message",
+    "write, message",
     [
-        (lambda i, real: ([END] if i else [5, END], False), "92% of the generated answers are empty"),
-        (lambda i, real: ([5, 6 + i], True), "100% of the generated answers are truncated. Raise"),
-        (lambda i, real: (real if i else [5, END], False), "92% of the generated answers are identical"),
-        (
-            lambda i, real: ([5, 5, 5, END], False),
-            "8% of the generated answers are distinct, but 58% of the real ones",
-        ),
+        (lambda i, real: [END] if i else [5, END], "92% of the generated completions are empty"),
+        (lambda i, real: [5, 6 + i], "100% of the generated completions are truncated. Raise"),
+        (lambda i, real: real if i else [5, END], "92% of the generated completions are identical"),
+        (lambda i, real: [5, 5, 5, END], "8% of the generated completions are distinct, but 58% of the real ones"),
     ],
     ids=["38 empty", "39 truncated", "40 identical", "41 the same for all"],
 )
-def test_a_doubtful_opponent_is_named(tmp_path, monkeypatch, caplog, answer, message):
-    opponent(monkeypatch, tmp_path, answer).train()
+def test_a_doubtful_opponent_is_named(tmp_path, monkeypatch, caplog, write, message):
+    opponent(monkeypatch, tmp_path, write, max_completion_length=20).train()
     assert message in caplog.text
 
 
-def opponent(monkeypatch, tmp_path, answer, **kwargs):
-    """A trainer whose opponent gives the answers that a function of the index and the real answer makes."""
-    trainer = make_trainer(tmp_path, num_self_play_iterations=1, **kwargs)
-    real = trainer.games["train"].rows["real_ids"][:]
-
-    def generate(*args, prompts, **kwargs):
-        answers = [answer(i, real[i]) for i in range(len(prompts))]
-        return [
-            {"prompt_ids": prompt, "generated_ids": ids, "truncated": truncated}
-            for prompt, (ids, truncated) in zip(prompts, answers, strict=True)
-        ]
-
-    monkeypatch.setattr("trl_spin.callbacks.generate", generate)
-    return trainer
-
-
-def test_special_tokens_in_an_answer_open_no_new_turn(tmp_path, monkeypatch):
+def test_special_tokens_in_a_completion_open_no_new_turn(tmp_path, monkeypatch):
     start = make_tokenizer().convert_tokens_to_ids("<|im_start|>")
-    trainer = opponent(monkeypatch, tmp_path, lambda i, real: ([5, start, 6, i, END], False))
+    trainer = opponent(monkeypatch, tmp_path, lambda i, real: [5, start, 6, i, END])
     trainer.train()
-    item = trainer.games["train"][3]
+    item = trainer.game.train[3]
     assert item["rejected_ids"] == [5, start, 6, 3, END]
-    assert item["prompt_ids"] == trainer.games["train"].rows[3]["prompt_ids"]
+    assert item["prompt_ids"] == trainer.game.train.rows[3]["prompt_ids"]
 
 
-def test_padding_with_the_end_token_masks_no_answer(tmp_path):
+def test_padding_with_the_end_token_masks_no_completion(tmp_path):
     tokenizer = make_tokenizer()
     expected = make_trainer(tmp_path / "pad", tokenizer, model=make_model(tokenizer))
     expected.train()

@@ -18,115 +18,110 @@ a run that was left alone.
 """
 
 import hashlib
-import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
+from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 from conftest import make_args, make_dataset, make_model, make_tokenizer
 from peft import LoraConfig
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from trl_spin import SelfPlayCallback, SPINTrainer, callbacks, engines, game, generation
-from trl_spin.game import read_manifest
-
-
-FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "shutil.rmtree"}
+from trl_spin import SPINTrainer
+from trl_spin.run import processes
+from trl_spin.run.games import read_manifest
 
 
-deadly = signal.SIGKILL  # what a process sends itself at its point
+# Points of a run whose second iteration begins at step 6, each just before an access to a file: kind of access, path
+# below `output_dir` (the new one of a rename), and which access of this kind
+FILE_POINTS = {
+    "while the model of an iteration is kept": ("os.rename", "iteration-0/self_play.json", 1),
+    "between iterations": ("os.mkdir", "self_play/iteration-1/completions-*", 1),
+    "in generation": ("open", "self_play/iteration-1/completions-*/*.tmp", 2),
+    "while a shard is written": ("os.rename", "self_play/iteration-1/completions-*/*.parquet", 2),
+    "while the game is stored": ("os.rename", "self_play/iteration-1/manifest.json", 1),
+    "between store and swap": ("shutil.rmtree", "self_play/iteration-1/completions-*", 1),
+    "when a checkpoint is begun": ("os.mkdir", ".saving/checkpoint-8", 1),
+    "while a checkpoint is written": ("open", ".saving/checkpoint-8/trainer_state.json", 1),
+    "before a checkpoint gets its name": ("os.rename", "checkpoint-8", 1),
+    "while an older checkpoint is removed": ("os.rmdir", ".removed", 1),
+}
+# Points without a file: the third batch of the scoring pass, the 30th token, events of a callback
+CALLBACK_POINTS = {
+    "in the first iteration, before any checkpoint": ("on_step_end", 2),
+    "at the end of an iteration": ("on_epoch_end", 6),
+    "in the middle of an epoch": ("on_step_end", 9),
+    "at the end of an epoch": ("on_epoch_end", 12),
+}
+SCORING, BATCH = "in the scoring pass", "within a batch of generation"
+FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
-def kill():
-    os.kill(os.getpid(), deadly)
+class Points:
+    """
+    Kills this process at a point, or at its n-th access to a file below `output_dir`, and leaves the others alone. A
+    process that is never killed copies what it would have left behind at each point.
+    """
+
+    def __init__(self, output_dir: str, death: str | int | None, signum: int, copies: bool):
+        self.output_dir, self.death, self.signum, self.copies = output_dir, death, signum, copies
+        self.events, self.busy, self.counts = 0, False, Counter()
+        self.checkpoints = set()  # files of all that is called a checkpoint, at whatever moment
+
+    def reached(self, point: str | int):
+        if point == self.death:
+            os.kill(os.getpid(), self.signum)
+        elif self.copies and isinstance(point, str):
+            shutil.copytree(self.output_dir, f"{self.output_dir}-killed/{point}")
+
+    def count(self, point: str, number: int):
+        self.counts[point] += 1
+        if self.counts[point] == number:
+            self.reached(point)
+
+    def audit(self, event: str, args: tuple):
+        if event not in FILE_EVENTS or self.busy:
+            return
+        path = str(args[event == "os.rename"])
+        if not path.startswith(f"{self.output_dir}/"):
+            return
+        self.busy = True  # what is done here is no event
+        self.events += 1
+        self.checkpoints |= files_of_checkpoints(self.output_dir)
+        self.reached(self.events)
+        for point, (kind, pattern, number) in FILE_POINTS.items():
+            if event == kind and fnmatch(os.path.relpath(path, self.output_dir), pattern):
+                self.count(point, number)
+        self.busy = False
 
 
-def kill_at(count: int, original, when=lambda *args, **kwargs: True, after: bool = False):
-    """Wraps a function so that its `count`-th call kills the process."""
-    calls = itertools.count(1)
+class CallbackPoints(TrainerCallback):
+    def __init__(self, points: Points):
+        self.points = points
 
-    def wrapper(*args, **kwargs):
-        dies = when(*args, **kwargs) and next(calls) == count
-        if dies and not after:
-            kill()
-        result = original(*args, **kwargs)
-        if dies and after:
-            kill()
-        return result
+    def at(self, event: str, step: int):
+        for point, place in CALLBACK_POINTS.items():
+            if place == (event, step):
+                self.points.count(point, 1)
 
-    return wrapper
+    def on_step_end(self, args, state, control, **kwargs):
+        self.at("on_step_end", state.global_step)
 
-
-class KillInEpoch(TrainerCallback):
-    """Kills in the middle of an epoch, or at its end before anything is logged or saved."""
-
-    def __init__(self, event: str, step: int):
-        setattr(self, event, lambda args, state, control, **kwargs: kill() if state.global_step == step else None)
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.at("on_epoch_end", state.global_step)
 
 
-def in_iteration_1(*args, **kwargs):
-    return any("iteration-1" in str(a) for a in args)
-
-
-def arm(point: str) -> list[TrainerCallback]:
-    """Makes this process kill itself at a point of the second of two iterations, which begins at step 6."""
-    cls, replace = SelfPlayCallback, os.replace
-    match point:
-        case "in generation":
-            callbacks.write_answers = kill_at(2, callbacks.write_answers, in_iteration_1, after=True)
-        case "while a shard is written":
-            game.os.replace = kill_at(2, replace, lambda a, b: in_iteration_1(b) and "answers" in str(b))
-        case "within a batch of generation":
-            call = engines.SampleByRow.__call__
-            engines.SampleByRow.__call__ = kill_at(45, call, after=True)
-        case "in the scoring pass":
-            SPINTrainer.compute_ref_log_probs = kill_at(
-                3, SPINTrainer.compute_ref_log_probs, lambda trainer, *a: trainer.state.global_step == 6
-            )
-        case "while the game is stored":
-            game.os.replace = kill_at(1, replace, lambda a, b: in_iteration_1(b) and b.name == "manifest.json")
-        case "between store and swap":
-            cls.swap = kill_at(1, cls.swap, lambda self, iteration, pairs: iteration == 1)
-        case "in the middle of an epoch":
-            return [KillInEpoch("on_step_end", 9)]
-        case "at the end of an epoch":
-            return [KillInEpoch("on_epoch_end", 12)]
-        case "at the end of an iteration":
-            return [KillInEpoch("on_epoch_end", 6)]
-        case "between iterations":
-            cls.keep = kill_at(1, cls.keep, after=True)
-        case "while a checkpoint is written":
-            Trainer._save_optimizer_and_scheduler = kill_at(
-                1, Trainer._save_optimizer_and_scheduler, lambda trainer, _: trainer.state.global_step == 8
-            )
-        case "in the first iteration, before any checkpoint":
-            return [KillInEpoch("on_step_end", 2)]
-        case _:
-            raise ValueError(point)
-    return []
-
-
-POINTS = [
-    "in generation",
-    "while a shard is written",
-    "in the scoring pass",
-    "while the game is stored",
-    "between store and swap",
-    "in the middle of an epoch",
-    "at the end of an epoch",
-    "at the end of an iteration",
-    "between iterations",
-    "while a checkpoint is written",
-    "in the first iteration, before any checkpoint",
-]
-ON_MAIN_PROCESS = ("in generation", "while a shard is written", "while the game is stored")
+def files_of_checkpoints(output_dir: str | Path) -> set[tuple[str, ...]]:
+    return {tuple(sorted(os.listdir(path))) for path in Path(output_dir).glob("checkpoint-*")}
 
 
 def sha256(tensors: dict) -> str:
@@ -136,30 +131,35 @@ def sha256(tensors: dict) -> str:
     return digest.hexdigest()
 
 
-def play(output_dir: str, kind: str, rank: int, world_size: int, port: int, point: str, file_event: int, signum: int):
+def play(output_dir: str, kind: str, rank: int, world_size: int, port: int, death, signum: int, copies: bool, resume):
     """One process of a run, always started in the same way. It leaves hashes of all that it ended with."""
-    global deadly
-    deadly = signum
     os.dup2(os.open(f"{output_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world_size)}
-    generation._COMMIT_SECONDS = -1  # a shard for every round of batches
-    # What only the main process does can kill only that one. Elsewhere it is the last, and the others wait for it.
-    dies = 0 if point in ON_MAIN_PROCESS else world_size - 1
-    killers = arm(point) if point is not None and rank == dies else []
-    events = itertools.count(1)
-
-    def count_files(event, args):
-        if event in FILE_EVENTS and str(args[0]).startswith(output_dir) and next(events) == file_event:
-            kill()
-
-    if file_event is not None:
-        sys.addaudithook(count_files)
+    processes.COMMIT_SECONDS = -1  # a shard for every round of batches
+    # The main process writes the files. Elsewhere it is the last one that dies, and the others wait for it
+    dies = isinstance(death, int) or rank == (0 if death in FILE_POINTS else world_size - 1)
+    points = Points(output_dir, death if dies else None, signum, copies)
+    sys.addaudithook(points.audit)
     tokenizer = make_tokenizer()
-    trainer = SPINTrainer(
-        make_model(tokenizer),
+    model = make_model(tokenizer)
+
+    def before_forward(model, args, kwargs):
+        if kwargs["input_ids"].size(1) == 1:
+            points.count(BATCH, 30)
+
+    model.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+    class Scoring(SPINTrainer):
+        def compute_ref_log_probs(self, model, inputs):
+            if self.state.global_step == 6:
+                points.count(SCORING, 3)
+            return super().compute_ref_log_probs(model, inputs)
+
+    trainer = Scoring(
+        model,
         args=make_args(
             output_dir,
             per_device_train_batch_size=4 // world_size,
@@ -173,10 +173,10 @@ def play(output_dir: str, kind: str, rank: int, world_size: int, port: int, poin
         train_dataset=make_dataset(),
         eval_dataset=make_dataset(3),
         processing_class=tokenizer,
-        callbacks=killers,
+        callbacks=[CallbackPoints(points)],
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if kind == "lora" else None,
     )
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=resume)
     optimizer_state = trainer.optimizer.state_dict()["state"]
     result = {
         "weights": sha256(trainer.model.state_dict()),
@@ -187,21 +187,28 @@ def play(output_dir: str, kind: str, rank: int, world_size: int, port: int, poin
             json.loads((Path(output_dir) / f"iteration-{t}" / "self_play.json").read_text())["eval_nll/real"]
             for t in range(2)
         ],
-        "events": next(events),
+        "files": sorted(
+            str(path.relative_to(output_dir)) for path in Path(output_dir).rglob("*") if path.name != "result.json"
+        ),
+        "checkpoints": sorted(points.checkpoints),
     }
     if rank == 0:
-        Path(output_dir, "result.json").write_text(json.dumps(result))
+        Path(output_dir, "result.json").write_text(json.dumps({"result": result, "events": points.events}))
 
 
 def run(
     output_dir: Path,
     kind: str = "full",
     world_size: int = 1,
-    point: str | None = None,
-    file_event: int | None = None,
+    death: str | int | None = None,
     signum: int = signal.SIGKILL,
+    copies: bool = False,
+    resume: bool | str = True,
 ) -> set[int]:
-    """A run of real processes. As a launcher does, it kills the others when one dies. Returns the exit codes."""
+    """
+    A run of real processes, which dies at a point or at an access to its files. As a launcher does, it kills the others
+    when one dies. Returns the exit codes.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_resume"])
     # The fork server of Python 3.11 does not take over `sys.path`: it would preload nothing, and every process import torch
@@ -209,103 +216,157 @@ def run(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        context.Process(target=play, args=(str(output_dir), kind, rank, world_size, port, point, file_event, signum))
+    started = [
+        context.Process(
+            target=play, args=(str(output_dir), kind, rank, world_size, port, death, signum, copies, resume)
+        )
         for rank in range(world_size)
     ]
-    for process in processes:
+    for process in started:
         process.start()
-    multiprocessing.connection.wait([process.sentinel for process in processes])
-    for process in processes:
+    multiprocessing.connection.wait([process.sentinel for process in started])
+    for process in started:
         process.join(60 if signum != signal.SIGKILL else 0)
         process.kill()
         process.join()
-    return {process.exitcode for process in processes}
+    return {process.exitcode for process in started}
 
 
-def result(output_dir: Path) -> dict:
-    return json.loads((output_dir / "result.json").read_text())
+def read_result(output_dir: Path) -> tuple[dict, int]:
+    content = json.loads((output_dir / "result.json").read_text())
+    return content["result"], content["events"]
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Results of runs that are left alone, by kind and number of processes."""
-    results = {}
+    """Directories of runs that are left alone, by kind and number of processes."""
+    directories = {}
 
-    def get(kind: str, world_size: int = 1) -> dict:
-        if (kind, world_size) not in results:
-            directory = tmp_path_factory.mktemp(f"{kind}-{world_size}")
-            assert run(directory, kind, world_size, file_event=0) == {0}
-            results[kind, world_size] = result(directory)
-        return results[kind, world_size] | {"events": None}
+    def get(kind: str = "full", world_size: int = 1) -> Path:
+        if (kind, world_size) not in directories:
+            directory = directories[kind, world_size] = tmp_path_factory.mktemp(f"{kind}-{world_size}") / "run"
+            directory.mkdir()
+            assert run(directory, kind, world_size, copies=world_size == 1) == {0}
+        return directories[kind, world_size]
 
-    get.results = results
     return get
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_killed_run_ends_like_one_that_was_left_alone(tmp_path, straight, kind, point):
-    assert run(tmp_path, kind, point=point) == {-signal.SIGKILL}
-    assert run(tmp_path, kind) == {0}
-    assert result(tmp_path) | {"events": None} == straight(kind)
+def assert_killed(straight, output_dir: Path, kind: str, world_size: int, death, signum: int = signal.SIGKILL):
+    codes = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 1}
+    whole = files_of_checkpoints(straight(kind, world_size))  # before, so that it is not killed with the other run
+    assert run(output_dir, kind, world_size, death, signum) == {codes[signum]}
+    assert files_of_checkpoints(output_dir) <= whole
 
 
+def assert_ends_like(straight, output_dir: Path, kind: str = "full", world_size: int = 1, resume: bool | str = True):
+    assert run(output_dir, kind, world_size, resume=resume) == {0}
+    assert read_result(output_dir)[0] == read_result(straight(kind, world_size))[0]
+
+
+def left_behind(straight, kind: str, point: str, tmp_path: Path) -> Path:
+    """What a run that is killed at a point leaves behind."""
+    return shutil.copytree(straight(kind).with_name("run-killed") / point, tmp_path / "run")
+
+
+# Both kinds of model where they have something of their own to lose
 @pytest.mark.parametrize(
     "kind, point",
     [
+        ("full", "in the first iteration, before any checkpoint"),
+        ("full", "while the model of an iteration is kept"),
+        ("full", "between iterations"),
+        ("full", "in generation"),
         ("full", "while a shard is written"),
+        ("full", "in the scoring pass"),
+        ("full", "while the game is stored"),
         ("full", "in the middle of an epoch"),
+        ("full", "at the end of an epoch"),
+        ("full", "while a checkpoint is written"),
+        ("full", "while an older checkpoint is removed"),
+        ("lora", "at the end of an iteration"),
+        ("lora", "while a shard is written"),
         ("lora", "between store and swap"),
-        ("lora", "while a checkpoint is written"),
+        ("lora", "in the middle of an epoch"),
+        ("lora", "when a checkpoint is begun"),
+        ("lora", "before a checkpoint gets its name"),
     ],
 )
-def test_killed_runs_of_two_processes(tmp_path, straight, kind, point):
-    assert run(tmp_path, kind, 2, point) == {-signal.SIGKILL}
-    assert run(tmp_path, kind, 2) == {0}
-    assert result(tmp_path) | {"events": None} == straight(kind, 2)
+def test_a_killed_run_ends_like_one_that_was_left_alone(straight, tmp_path, kind, point):
+    assert_ends_like(straight, left_behind(straight, kind, point, tmp_path), kind)
 
 
 @pytest.mark.parametrize("kind, world_size", [("full", 1), ("lora", 1), ("lora", 2)])
-def test_a_run_that_is_killed_again_and_again(tmp_path, straight, kind, world_size):
-    """At random accesses to its files."""
-    expected = straight(kind, world_size)
-    num_events = straight.results[kind, world_size]["events"]
-    moments = random.Random(f"{kind}{world_size}")
-    killed = [
-        run(tmp_path, kind, world_size, file_event=moments.randrange(num_events // 8, num_events // 2))
-        for _ in range(5 if world_size == 1 else 2)
-    ]
-    assert {-signal.SIGKILL} in killed
-    assert run(tmp_path, kind, world_size) == {0}
-    assert result(tmp_path) | {"events": None} == expected
+def test_no_half_checkpoint_is_ever_called_a_checkpoint(straight, kind, world_size):
+    (files,) = read_result(straight(kind, world_size))[0]["checkpoints"]
+    states = ["rng_state.pth"] if world_size == 1 else ["rng_state_0.pth", "rng_state_1.pth"]
+    weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    assert {weights, "optimizer.pt", "scheduler.pt", "trainer_state.json", *states} <= set(files)
+
+
+def test_no_half_checkpoint_takes_the_place_of_one_that_is_there(straight, tmp_path):
+    directory = left_behind(straight, "full", "at the end of an epoch", tmp_path)
+    assert (directory / "checkpoint-12").is_dir()
+    assert_ends_like(straight, directory, resume=str(directory / "checkpoint-6"))
 
 
 @pytest.mark.parametrize(
-    "point, world_size",
+    "kind, points",
     [
-        ("within a batch of generation", 1),
-        ("within a batch of generation", 2),
-        ("in the scoring pass", 1),
-        ("in the middle of an epoch", 2),
+        ("full", ["while a shard is written", "in the middle of an epoch"]),
+        ("lora", ["between store and swap", "while a checkpoint is written"]),
     ],
 )
-def test_sigterm_stops_all_processes_and_loses_nothing(tmp_path, straight, point, world_size):
-    """Also when one process alone gets it, as here."""
-    assert run(tmp_path, "full", world_size, point, signum=signal.SIGTERM) == {128 + signal.SIGTERM}
-    assert "--resume_from_checkpoint true" in Path(f"{tmp_path}.log").read_text()
-    if "epoch" in point:
-        assert (tmp_path / "checkpoint-9" / "trainer_state.json").is_file()
-    else:
-        assert list(tmp_path.glob("self_play/iteration-*/answers-*/train-*.parquet"))
-    assert run(tmp_path, "full", world_size) == {0}
-    assert result(tmp_path) | {"events": None} == straight("full", world_size)
+def test_killed_runs_of_two_processes(tmp_path, straight, kind, points):
+    for point in points:
+        assert_killed(straight, tmp_path, kind, 2, point)
+    assert_ends_like(straight, tmp_path, kind, 2)
 
 
-def test_ctrl_c(tmp_path, straight):
-    assert run(tmp_path, point="within a batch of generation", signum=signal.SIGINT) == {1}
-    stderr = Path(f"{tmp_path}.log").read_text()
-    assert "KeyboardInterrupt" in stderr and "--resume_from_checkpoint true" in stderr
-    assert not list(tmp_path.rglob("*.tmp"))
-    assert run(tmp_path) == {0}
-    assert result(tmp_path) | {"events": None} == straight("full")
+@pytest.mark.parametrize("kind, world_size, times", [("full", 1, 4), ("lora", 1, 3), ("lora", 2, 2)])
+def test_a_run_that_is_killed_again_and_again(tmp_path, straight, kind, world_size, times):
+    """At random accesses to its files."""
+    _, num_events = read_result(straight(kind, world_size))
+    moments, codes = random.Random(f"{kind}{world_size}"), []
+    for _ in range(times):
+        codes += run(tmp_path, kind, world_size, moments.randrange(num_events // 10, num_events // 4))
+        assert files_of_checkpoints(tmp_path) <= files_of_checkpoints(straight(kind, world_size))
+    assert codes.count(-signal.SIGKILL) > 1
+    assert_ends_like(straight, tmp_path, kind, world_size)
+
+
+def assert_told_how_to_go_on(output_dir: Path) -> str:
+    log = Path(f"{output_dir}.log")
+    text = log.read_text()
+    assert "--resume_from_checkpoint true" in text
+    assert not list(output_dir.rglob("*.tmp"))
+    log.unlink()
+    return text
+
+
+def shards(output_dir: Path) -> set[Path]:
+    return set(output_dir.glob("self_play/iteration-*/completions-*/train-*.parquet"))
+
+
+def test_signals_stop_a_run_and_lose_nothing(tmp_path, straight):
+    assert_killed(straight, tmp_path, "full", 1, BATCH, signal.SIGTERM)
+    assert "SIGTERM" in assert_told_how_to_go_on(tmp_path)
+    first = shards(tmp_path)
+    assert first
+    assert_killed(straight, tmp_path, "full", 1, BATCH, signal.SIGINT)  # Ctrl-C
+    assert "KeyboardInterrupt" in assert_told_how_to_go_on(tmp_path)
+    assert first < shards(tmp_path)
+    assert_killed(straight, tmp_path, "full", 1, SCORING, signal.SIGTERM)
+    assert_told_how_to_go_on(tmp_path)
+    assert {path.parent.parent.name for path in shards(tmp_path)} == {"iteration-1"}
+    assert_ends_like(straight, tmp_path)
+
+
+def test_sigterm_of_one_process_stops_all_and_loses_nothing(tmp_path, straight):
+    assert_killed(straight, tmp_path, "full", 2, BATCH, signal.SIGTERM)
+    assert_told_how_to_go_on(tmp_path)
+    assert shards(tmp_path)
+    assert_killed(straight, tmp_path, "full", 2, "in the middle of an epoch", signal.SIGTERM)
+    assert_told_how_to_go_on(tmp_path)
+    assert (tmp_path / "checkpoint-9").is_dir()
+    assert_ends_like(straight, tmp_path, "full", 2)

@@ -19,6 +19,7 @@ import itertools
 import json
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas
@@ -27,11 +28,14 @@ import torch
 from conftest import logp, make_dataset, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from trl_spin import display
-from trl_spin.display import show_table
-from trl_spin.game import PAIR_FEATURES, load_game
-from trl_spin.signals import auc, describe_game, distinct_ngrams, find_warnings, proportion_interval, repetition
+from trl_spin.pairs import PAIR_FEATURES
+from trl_spin.report import tables
+from trl_spin.report.reader import read_run
+from trl_spin.report.signals import auc, describe_game, distinct_ngrams, find_warnings, proportion_interval, repetition
+from trl_spin.report.tables import show_table
+from trl_spin.run.games import load_game
 
 
 # ---- Numbers ----
@@ -66,7 +70,6 @@ def make_pairs(real, generated, real_nll=1.0, **flags):
                 **{"row": i, "opponent": 0, "prompt_ids": [0], "real_ids": r, "generated_ids": g},
                 **{"truncated": False, "empty": False, "identical": False, "played": True, **flags},
                 **{"ref_real_logps": -real_nll * len(r), "ref_generated_logps": -1.0 * len(g)},
-                **{"base_real_logps": None, "base_generated_logps": None},
             }
             for i, (r, g) in enumerate(zip(real, generated, strict=True))
         ],
@@ -89,8 +92,11 @@ def texts(length, seed, first=None, num=100):
         (make_pairs(texts(8, 0), texts(12, 1)), r"Length alone .*AUC 0.00, the generated ones are longer"),
         (make_pairs(texts(12, 0), texts(8, 1)), r"Length alone .*AUC 1.00, the real ones are longer"),
         (make_pairs(texts(8, 0, first=1), texts(8, 1)), r"first token alone .*AUC 0.9"),
-        (make_pairs(texts(8, 0), texts(8, 1), truncated=True), "100% of the generated answers are truncated. Raise"),
-        (make_pairs(texts(8, 0), texts(8, 1)[:1] * 100), "1% of the generated answers are distinct, but 100%"),
+        (
+            make_pairs(texts(8, 0), texts(8, 1), truncated=True),
+            "100% of the generated completions are truncated. Raise",
+        ),
+        (make_pairs(texts(8, 0), texts(8, 1)[:1] * 100), "1% of the generated completions are distinct, but 100%"),
         (make_pairs(texts(8, 0), [[i] * 8 for i in range(100)]), "80% of the 4-grams .* loops"),
         (make_pairs(texts(8, 0), texts(8, 1), real_nll=1.1), "less likely: .*1.000 -> 1.100 per token.* overshot"),
     ],
@@ -105,9 +111,9 @@ def test_shortcuts_and_collapse_are_named_with_the_remedy(pairs, message):
         assert re.search(message, warnings), warnings
 
 
-def test_pairs_that_are_not_played_say_nothing_of_generated_answers():
+def test_pairs_that_are_not_played_say_nothing_of_generated_completions():
     pairs = make_pairs(texts(8, 0), texts(8, 1), real_nll=2.0)
-    # As the trainer stores them: twice the real answer's log-prob
+    # As the trainer stores them: twice the real completion's log-prob
     unplayed = [
         row | {"played": False, "ref_generated_logps": row["ref_real_logps"]} for row in pairs.select(range(50))
     ]
@@ -123,9 +129,9 @@ def test_rows_are_held_out_by_an_option(tmp_path):
     dataset = make_dataset(20)
     trainer = make_trainer(tmp_path, dataset=dataset, held_out_size=6, max_prompts=10)
     trainer.train()
-    rows = {name: game.rows["row"][:] for name, game in trainer.games.items()}
+    rows = {name: game.rows["row"][:] for name, game in trainer.game.datasets.items()}
     assert len(rows["train"]) == 10 and len(rows["eval"]) == 6 and not {*rows["train"]} & {*rows["eval"]}
-    for game in trainer.games.values():
+    for game in trainer.game.datasets.values():
         for row in game.rows:
             real = trainer.processing_class.decode(row["real_ids"])
             assert real == dataset[row["row"]]["messages"][1]["content"] + "<|im_end|>"
@@ -149,27 +155,77 @@ def test_choosing_needs_held_out_prompts(tmp_path, option):
 def test_numbers_of_the_user_are_those_of_each_model(tmp_path):
     seen = []
 
-    def measure(prompts, answers, real):
-        seen.append((prompts, answers, real))
-        return {"length": sum(map(len, answers)) / len(answers)}
+    def measure(prompts, completions, real):
+        seen.append((prompts, completions, real))
+        return {"length": sum(map(len, completions)) / len(completions)}
 
     trainer = make_trainer(
-        tmp_path, eval_dataset=make_dataset(5), compute_answer_metrics=measure, num_self_play_iterations=2
+        tmp_path, eval_dataset=make_dataset(5), compute_completion_metrics=measure, num_self_play_iterations=2
     )
     trainer.train()
     tokenizer = trainer.processing_class
     assert seen[0][0][0] == "user\nCount to 1.\nassistant\n" and seen[0][2][1] == "1 2"
     for iteration in range(2):
         generated = load_game(str(tmp_path), iteration)["eval"]["generated_ids"]
-        answers = tokenizer.batch_decode(generated[:], skip_special_tokens=True)
+        completions = tokenizer.batch_decode(generated[:], skip_special_tokens=True)
         manifest = json.loads((tmp_path / "self_play" / f"iteration-{iteration}" / "manifest.json").read_text())
-        expected = sum(map(len, answers)) / 5
-        assert manifest["metrics"]["eval_answers/length"] == expected
-        if iteration == 1:  # the answers of the model that iteration 0 made
+        expected = sum(map(len, completions)) / 5
+        assert manifest["metrics"]["eval_completions/length"] == expected
+        if iteration == 1:  # the completions of the model that iteration 0 made
             record = json.loads((tmp_path / "iteration-0" / "self_play.json").read_text())
-            assert record["eval_answers/length"] == expected
-            assert seen[1][1] == answers == seen[2][1]
-    assert len(seen) == 4
+            assert record["eval_completions/length"] == expected
+            assert seen[1][1] == completions
+    assert len(seen) == 3  # models
+    # Of the last one, against which nothing is played, nothing is left that looks like an iteration to come
+    assert not list(tmp_path.rglob("completions-*"))
+    assert read_run(tmp_path).notes == []
+
+
+def untimed(log_history):
+    """What was logged, without times and what the user's function measured."""
+    left_out = ("time", "second", "completions/")
+    logged = [{k: v for k, v in logs.items() if not any(part in k for part in left_out)} for logs in log_history]
+    return [logs for logs in logged if logs.keys() - {"step", "epoch"}]
+
+
+def test_numbers_of_the_user_leave_all_others_alone(tmp_path):
+    kwargs = {"eval_dataset": make_dataset(5), "logging_steps": 2}
+    plain = make_trainer(tmp_path / "plain", **kwargs)
+    plain.train()
+    trainer = make_trainer(tmp_path / "run", compute_completion_metrics=lambda *texts: {"one": 1.0}, **kwargs)
+    trainer.train()
+    # Logs of the last steps against one opponent, too, and of the first ones against the next
+    assert untimed(trainer.state.log_history) == untimed(plain.state.log_history)
+    for iteration, last_step in enumerate((3, 6)):
+        logs = next(logs for logs in trainer.state.log_history if logs["step"] == last_step and "loss" in logs)
+        record = json.loads((tmp_path / "run" / f"iteration-{iteration}" / "self_play.json").read_text())
+        card = (tmp_path / "run" / f"iteration-{iteration}" / "README.md").read_text()
+        for name in ("rewards/accuracies", "rewards/margins"):
+            assert record[name] == logs[name] != 0
+            assert f"| {logs[name]:.4g} " in card
+
+
+def test_a_run_with_numbers_of_the_user_can_be_resumed(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 5
+
+    kwargs = {"eval_dataset": make_dataset(5), "save_strategy": "steps", "save_steps": 4}
+    kwargs["compute_completion_metrics"] = lambda *texts: {"length": sum(map(len, texts[1]))}
+    straight = make_trainer(tmp_path / "straight", **kwargs)
+    straight.train()
+    make_trainer(tmp_path / "run", callbacks=[Stop()], **kwargs).train()
+    trainer = make_trainer(tmp_path / "run", **kwargs)
+    trainer.train(resume_from_checkpoint=True)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, straight.model.state_dict()[name]), name
+    for iteration in range(2):
+        path = Path(f"iteration-{iteration}", "self_play.json")
+        records = [json.loads((tmp_path / run / path).read_text()) for run in ("run", "straight")]
+        assert records[0]["eval_completions/length"] == records[1]["eval_completions/length"] > 0
+        record, expected = untimed(records)
+        # Tokens are counted from where a run goes on
+        assert record | {"num_tokens": 0, "eval_num_tokens": 0} == expected | {"num_tokens": 0, "eval_num_tokens": 0}
 
 
 # ---- Stopping and choosing ----
@@ -187,6 +243,23 @@ def test_the_game_ends_when_an_iteration_hurts_and_returns_to_the_best_model(tmp
         assert torch.equal(tensor, start[name]), name
     record = json.loads((tmp_path / "iteration-0" / "self_play.json").read_text())
     assert record["verdict"].endswith("hurt")
+
+
+def test_a_game_that_has_ended_does_not_go_on_when_it_is_resumed(tmp_path):
+    kwargs = {"eval_dataset": make_dataset(6), "learning_rate": [1.0, 1e-3], "save_strategy": "epoch"}
+    for _ in range(3):  # the same command
+        trainer = make_trainer(tmp_path, early_stopping=True, **kwargs)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 3
+        assert [path.name for path in tmp_path.glob("iteration-*")] == ["iteration-0"]
+        assert [path.parent.name for path in tmp_path.glob("self_play/*/manifest.json")] == ["iteration-0"]
+        kept = load_file(tmp_path / "iteration-0" / "model.safetensors")
+        for name, tensor in kept.items():
+            assert torch.equal(tensor, trainer.model.state_dict()[name]), name
+    trainer = make_trainer(tmp_path, **kwargs)  # without `early_stopping`, it does
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    assert (tmp_path / "iteration-1" / "self_play.json").is_file()
 
 
 def test_the_best_iteration_may_be_one_in_between(tmp_path, caplog):
@@ -219,8 +292,8 @@ def test_the_game_ends_when_the_sides_cannot_be_told_apart(tmp_path, caplog):
         eval_dataset=make_dataset(6),
         learning_rate=1e-12,
         early_stopping=True,
-        metric_for_best_iteration="eval_answers/none",
-        compute_answer_metrics=lambda *texts: {"none": 0.0},
+        metric_for_best_iteration="eval_completions/none",
+        compute_completion_metrics=lambda *texts: {"none": 0.0},
     )
     trainer.train()
     assert "can no longer be told apart (accuracy between" in caplog.text
@@ -249,9 +322,9 @@ def test_probes_have_the_same_seeds_in_every_iteration(tmp_path, capsys):
 
 
 def test_model_output_is_text_in_tables(monkeypatch, capsys):
-    rows = [["prompt", "answer"], ["[bold]x[/bold] [link=http://a]b[/link]", "\x1b[31mred\x07 :smile:"]]
+    rows = [["prompt", "completion"], ["[bold]x[/bold] [link=http://a]b[/link]", "\x1b[31mred\x07 :smile:"]]
     for rich in (True, False):
-        monkeypatch.setattr(display, "is_rich_available", lambda rich=rich: rich)
+        monkeypatch.setattr(tables, "is_rich_available", lambda rich=rich: rich)
         show_table("[red]title", rows)
         out = capsys.readouterr().out
         for text in ("[red]title", "[bold]x[/bold]", ":smile:"):

@@ -63,7 +63,7 @@ class Checkpoints:
                         with open(path, "rb+") as file:
                             os.fsync(file.fileno())
                 if final.exists():  # of a run that went on from an earlier checkpoint
-                    shutil.rmtree(final)
+                    _remove(final)
                 os.replace(staged, final)
                 shutil.rmtree(staged.parent)
         self.accelerator.wait_for_everyone()
@@ -73,7 +73,15 @@ class Checkpoints:
             start = max(first for first in schedule.starts if first <= state.global_step)
             start = str(Path(args.output_dir) / f"checkpoint-{start}")
             for path in set(older) - {*older[-args.save_total_limit :], start, state.best_model_checkpoint}:
-                shutil.rmtree(path)
+                _remove(Path(path))
+
+
+def _remove(checkpoint: Path):
+    # It loses its name first: what a killed process leaves of it is not taken for a checkpoint
+    nameless = checkpoint.with_name(".removed")
+    shutil.rmtree(nameless, ignore_errors=True)
+    os.replace(checkpoint, nameless)
+    shutil.rmtree(nameless)
 
 
 def _step(checkpoint: str) -> int:

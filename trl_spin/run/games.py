@@ -176,6 +176,7 @@ def find_stored(output_dir: str, request: Request) -> tuple[dict[str, Dataset], 
     manifest = read_manifest(output_dir, request.iteration)
     if manifest is None or manifest["request"] != request.hash or find_game_fault(output_dir, request.iteration):
         return None
+    remove_completions(output_dir, request.iteration)  # of a run that stopped before it did
     return load_game(output_dir, request.iteration), manifest["metrics"]
 
 
