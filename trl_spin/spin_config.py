@@ -39,11 +39,7 @@ _FIXED_OPTIONS = {
     "enable_jit_checkpoint": (False, "at SIGTERM, self-play saves its work by itself, in generation too"),
     "eval_on_start": (False, "the game on the held-out prompts starts with the first iteration, not before it"),
     "hub_strategy": (HubStrategy.END, "a push at each checkpoint would upload the games, and with them your data"),
-    "load_best_model_at_end": (
-        False,
-        "evaluation losses against different opponents cannot be compared; `load_best_iteration_at_end` compares by a "
-        "number that can, and each iteration's model is kept in `output_dir/iteration-<t>`",
-    ),
+    "load_best_model_at_end": (False, "losses of different games do not compare (see `load_best_iteration_at_end`)"),
 }
 # Options with a smallest value, and what it means
 _AT_LEAST = {
