@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_spin import SPINTrainer
-from trl_spin.data import find_end_token_ids, prepare_dataset
-from trl_spin.pairs import PAIR_FEATURES
+from trl_spin.data import RowReader, prepare_dataset
+from trl_spin.pairs import PAIR_FEATURES, Rules
 from trl_spin.run.games import load_game, store_game
 
 
@@ -57,11 +57,11 @@ USER = {"role": "user", "content": "Sky?"}
 ASSISTANT = {"role": "assistant", "content": "Blue."}
 
 
-def prepare(dataset, tokenizer, max_length=512, **kwargs):
+def prepare(dataset, tokenizer, max_length=512, name="train", **kwargs):
     dataset = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
-    args = make_args("unused", **kwargs)
-    end_token_ids = find_end_token_ids(dataset, "train", tokenizer, args, [])
-    return prepare_dataset(dataset, "train", tokenizer, args, end_token_ids, max_length)
+    reader = RowReader.of(dataset, name, tokenizer, make_args("unused", **kwargs))
+    end_token_ids = reader.find_end_token_ids(dataset[0], [])
+    return prepare_dataset(dataset, reader, Rules(tokenizer, end_token_ids, max_length, "keep", False, False))
 
 
 def decode(tokenizer, row):
@@ -162,10 +162,7 @@ def test_a_subset_keeps_the_rows_numbers(tokenizer, tmp_path):
 def test_what_is_ignored_is_said_once(tokenizer, caplog):
     rows = [{"prompt": "Sky?", "chosen": "Blue.", "rejected": "Red."}] * 3
     for _ in range(2):
-        args = make_args("unused")
-        dataset = Dataset.from_list(rows)
-        end_token_ids = find_end_token_ids(dataset, "preferences", tokenizer, args, [])
-        prepare_dataset(dataset, "preferences", tokenizer, args, end_token_ids, 512)
+        prepare(rows, tokenizer, name="preferences")
     assert caplog.text.count("`rejected` is ignored") == 1
 
 
@@ -262,7 +259,7 @@ def test_any_conversation_keeps_the_invariants(name, conversations):
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         rows.append({"messages": messages})
     dataset = Dataset.from_list(rows)
-    end_token_ids = find_end_token_ids(dataset, "train", tokenizer, make_args("unused"), [])
+    end_token_ids = RowReader.of(dataset, "train", tokenizer, make_args("unused")).find_end_token_ids(dataset[0], [])
     prepared, left_out = prepare(rows, tokenizer)
     assert len(prepared) + left_out.total() == len(rows)
     for row in prepared:
