@@ -107,7 +107,7 @@ def test_without_a_usable_checkpoint_a_run_starts_over_only_if_no_iteration_is_l
         resume(output_dir)
     shutil.rmtree(output_dir / "iteration-0")
     assert_same_weights(resume(output_dir), expected)
-    assert "goes on from its beginning" in caplog.text
+    assert "starts from its beginning" in caplog.text
 
 
 def test_model_only_checkpoints_are_complete_if_asked_for(tmp_path):
@@ -275,7 +275,7 @@ def test_other_library_versions_are_a_warning(run, caplog):
     path = run[0] / "self_play" / "run.json"
     path.write_text(path.read_text().replace('"trl": "', '"trl": "0.'))
     assert_same_weights(resume(run[0]), run[1])
-    assert "made with trl 0." in caplog.text
+    assert "started with trl 0." in caplog.text
 
 
 def test_only_runs_of_self_play_are_resumed(tmp_path):

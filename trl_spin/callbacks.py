@@ -83,7 +83,7 @@ class SelfPlayCallback(TrainerCallback):
     def promote(self, iteration: int) -> Request:
         """
         The model as it stands becomes opponent and reference. Nothing moves in memory: the opponent generates and the
-        reference scores before the first step changes the weights. What is left to do is to start the optimizer anew.
+        reference scores before the first step changes the weights. All that remains is to reset the optimizer.
         """
         if iteration > 0 and self.trainer.args.reset_optimizer_state:
             self.trainer.optimizer.state.clear()
@@ -130,12 +130,8 @@ class SelfPlayCallback(TrainerCallback):
 
     def store(self, request: Request, pairs: Pairs):
         """Writes the pairs to `output_dir/self_play/iteration-<t>`, and logs what they look like."""
-        output_dir, iteration, log_history = (
-            self.trainer.args.output_dir,
-            request.iteration,
-            self.trainer.state.log_history,
-        )
-        measured, warnings = self.measures.of_game(output_dir, iteration, pairs.datasets, log_history)
+        output_dir, iteration, state = self.trainer.args.output_dir, request.iteration, self.trainer.state
+        measured, warnings = self.measures.of_game(output_dir, iteration, pairs.datasets, state.log_history)
         for warning in warnings:
             logger.warning(f"Iteration {iteration}: {warning}")
         metrics = {"self_play/iteration": iteration, **pairs.metrics, **measured}

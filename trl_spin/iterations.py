@@ -64,7 +64,7 @@ class CompletionMetricsCallback(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class BestMetric:
     """
     The number that compares the model that self-play started from (-1) and those of the iterations.
 
@@ -100,7 +100,7 @@ class Yardstick:
         return metrics.get(key)
 
     def values(self, last: int) -> dict[int, float]:
-        """The numbers up to an iteration, as far as they were measured and their folders are there."""
+        """The numbers up to an iteration, where they were measured and their folders still exist."""
         values = {} if read_manifest(self.output_dir, 0) is None else {-1: self.value_at_start()}
         values |= {record["iteration"]: record.get(self.name) for record in read_records(self.output_dir, last + 1)}
         return {iteration: value for iteration, value in values.items() if value is not None}
@@ -129,7 +129,7 @@ class Yardstick:
         return None
 
     def find_best(self, last: int) -> int:
-        """The best iteration up to the last one, which it is as well if nothing was measured."""
+        """The best iteration so far; the last one if nothing was measured."""
         values = self.values(last)
         if last not in values:
             return last
@@ -146,8 +146,8 @@ class Yardstick:
 class BestIterationCallback(TrainerCallback):
     """Ends the game where `early_stopping` asks for it, and returns to the best model at its end."""
 
-    def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, yardstick: Yardstick):
-        self.trainer, self.game, self.processes, self.yardstick = trainer, game, processes, yardstick
+    def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, best_metric: BestMetric):
+        self.trainer, self.game, self.processes, self.best_metric = trainer, game, processes, best_metric
 
     def game_is_over(self, log_history: list[dict[str, Any]], step: int) -> bool:
         """Whether the iteration that ended at this step, if one did, was the last by `early_stopping`."""
@@ -155,7 +155,7 @@ class BestIterationCallback(TrainerCallback):
         if not self.trainer.args.early_stopping or iteration in (None, len(schedule.num_epochs) - 1):
             return False
         logs = last_logs(log_history, schedule.starts[iteration])
-        reason = self.processes.on_main(self.yardstick.why_stop, iteration, logs)
+        reason = self.processes.on_main(self.best_metric.why_stop, iteration, logs)
         if reason is not None:
             logger.warning(f"The game ends after iteration {iteration}: {reason}.")
         return reason is not None
@@ -172,7 +172,7 @@ class BestIterationCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if state.global_step == 0:  # so that a name that does not exist fails before anything is trained
-            self.processes.on_main(self.yardstick.value_at_start)
+            self.processes.on_main(self.best_metric.value_at_start)
 
     def on_evaluate(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if self.game_is_over(state.log_history, state.global_step):
@@ -182,7 +182,7 @@ class BestIterationCallback(TrainerCallback):
         last = self.game.schedule.ended(state.global_step)
         if last is None or self.processes.stop.signum:
             return
-        best = self.processes.on_main(self.yardstick.find_best, last)
+        best = self.processes.on_main(self.best_metric.find_best, last)
         if args.load_best_iteration_at_end:
             self.trainer._load_from_checkpoint(str(model_dir(args.output_dir, best)))
             self.trainer.log({"self_play/best_iteration": best})
@@ -194,8 +194,8 @@ class IterationCallback(TrainerCallback):
     training when a signal has come.
     """
 
-    def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, yardstick: Yardstick):
-        self.trainer, self.game, self.processes, self.yardstick = trainer, game, processes, yardstick
+    def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, best_metric: BestMetric):
+        self.trainer, self.game, self.processes, self.best_metric = trainer, game, processes, best_metric
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if (iteration := self.game.schedule.ended(state.global_step)) is not None:
@@ -242,7 +242,7 @@ class IterationCallback(TrainerCallback):
             settings = ("beta", "learning_rate", "num_train_epochs")
             settings = {name: args.per_iteration(name)[iteration] for name in settings}
             record = {"iteration": iteration, **manifest["metrics"], **logs, **settings}
-            verdict = self.yardstick.judge(iteration, logs)[1]
+            verdict = self.best_metric.judge(iteration, logs)[1]
             write_json(directory / RECORD, record | {"warnings": manifest["warnings"], "verdict": verdict})
             name = args.hub_model_id or Path(args.output_dir).name
             trainer.create_model_card(model_name=f"{name.split('/')[-1]}-iteration-{iteration}")

@@ -63,7 +63,7 @@ class ChainedLR(LambdaLR):
     Learning rates that are a function of the global step and of nothing else.
 
     A checkpoint holds the learning rate of the step that comes next, which is another one if the run goes on with more
-    iterations than were planned when it was saved: it is set anew when a checkpoint is loaded.
+    iterations than were planned when it was saved: it is recomputed when a checkpoint is loaded.
     """
 
     def load_state_dict(self, state_dict: dict):

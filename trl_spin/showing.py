@@ -15,7 +15,6 @@
 """What is shown of a game while it is played, and kept for its report. One callback for each."""
 
 import importlib
-import importlib.util
 from pathlib import Path
 
 import pandas
@@ -127,19 +126,15 @@ class ReportCallback(TrainerCallback):
                 self.processes.on_main(self._report, args.output_dir)
 
     def _report(self, output_dir: str):
-        if importlib.util.find_spec("matplotlib") is None:
-            logger.info("No report is written: `pip install trl-spin[report]` brings what it needs.")
-            return
         from .report.page import write_report
 
         try:
-            path = write_report(output_dir)
+            tqdm.write(f"Report: {write_report(output_dir)}")
+        except ModuleNotFoundError as error:
+            logger.info(f"No report was written. {error}")
         except Exception as error:  # a fault of the report does not undo the training
-            logger.warning(
-                f"The report could not be written ({type(error).__name__}: {error}). The models are intact."
-            )
-        else:
-            tqdm.write(f"Report: {path}")
+            fault = f"{type(error).__name__}: {error}"
+            logger.warning(f"The report could not be written ({fault}). The models are intact.")
 
 
 def _shorten(text: str, width: int = 300) -> str:

@@ -44,7 +44,7 @@ from .callbacks import SelfPlayCallback
 from .compat import check_forward, no_model_hash, prepare_model
 from .data import RowReader, hold_out, make_rules, prepare_dataset
 from .engines import Generate, chosen_engine
-from .iterations import BestIterationCallback, CompletionMetricsCallback, IterationCallback, Yardstick
+from .iterations import BestIterationCallback, BestMetric, CompletionMetricsCallback, IterationCallback
 from .measures import Measures, StepMonitor
 from .objectives import choose_losses
 from .pairs import Game, GameDataset, PairCollator, leave_out_unplayed
@@ -183,7 +183,6 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             check_forward(model)
         self.losses, self.objective = choose_losses(args, objective), objective
         self.game = Game(base_model=model_id)
-        self.revision = (args.model_init_kwargs or {}).get("revision")
         self.run_dir = args.output_dir
         self.dataset_name = train_dataset.info.dataset_name or "a local dataset"
         self.share_prefix = args.share_prefix
@@ -225,13 +224,13 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             probe_args.generation_kwargs = None  # which are the engine's
             probe_engine = Generate(probe_args, processes, game.rules)
         decides = args.early_stopping or args.load_best_iteration_at_end
-        yardstick = Yardstick(args.metric_for_best_iteration, decides, args.output_dir)
+        best_metric = BestMetric(args.metric_for_best_iteration, decides, args.output_dir)
         self_play = SelfPlayCallback(self, game, processes, engine, Measures(game, compute_completion_metrics))
-        self.best_iteration = BestIterationCallback(self, game, processes, yardstick)
+        self.best_iteration = BestIterationCallback(self, game, processes, best_metric)
         self.add_callback(PreflightCallback(self, game, processes, [engine, probe_engine], self._settings))
         if compute_completion_metrics is not None:
             self.add_callback(CompletionMetricsCallback(self_play))
-        self.add_callback(IterationCallback(self, game, processes, yardstick))
+        self.add_callback(IterationCallback(self, game, processes, best_metric))
         self.add_callback(self_play)
         if args.log_completions:
             self.add_callback(CompletionsCallback(game, processes))
@@ -351,11 +350,11 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """
-        Plays all iterations, or goes on with a run that was stopped.
+        Plays all iterations, or resumes a run that was stopped.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True` goes on from the newest checkpoint in `output_dir`, or from the beginning if there is none yet:
+                `True` continues from the newest checkpoint in `output_dir`, or from the beginning if there is none yet:
                 the same call starts a run and continues it. A path names the checkpoint.
             trial:
                 See [`~transformers.Trainer.train`].
@@ -371,11 +370,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         """
         args, stop = self.args, self.processes.stop
         try:
-            with (
-                run_lock(self.processes, args.output_dir),
-                explain_out_of_memory("training", _OUT_OF_MEMORY),
-                stop,
-            ):
+            with run_lock(self.processes, args.output_dir), explain_out_of_memory("training", _OUT_OF_MEMORY), stop:
                 settings, resume = self._settings(), resume_from_checkpoint or False
                 checkpoint = self.processes.on_main(open_run, args, settings, resume, self.accelerator.num_processes)
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -386,8 +381,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             return TrainOutput(0, 0.0, {})
         except StopRequested as request:
             message = (
-                f"Stopped by {signal.Signals(request.signum).name} at step {self.state.global_step}. To go on, give the "
-                "same command with `--resume_from_checkpoint true`, or call `train(resume_from_checkpoint=True)`."
+                f"Stopped by {signal.Signals(request.signum).name} at step {self.state.global_step}. To resume, give the same "
+                "command with `--resume_from_checkpoint true`, or call `train(resume_from_checkpoint=True)`."
             )
             logger.warning(message)
             if request.signum == signal.SIGINT:
@@ -397,17 +392,14 @@ class SPINTrainer(SharedPrefixDPOTrainer):
     def _settings(self) -> dict[str, Any]:
         """All that changes the result of the run."""
         adapter = self.model.peft_config["default"].to_dict() if isinstance(self.model, PeftModel) else {}
-        for name in ("base_model_name_or_path", "inference_mode", "peft_version"):
-            adapter.pop(name, None)
-        game = self.game.settings
-        return run_settings(
-            self.args,
-            adapter=adapter or None,
-            model=self._start_fingerprint,
-            objective=self.objective and _describe(self.objective),
-            num_processes=self.accelerator.num_processes,
-            **{name: game[name] for name in ("end_token_ids", "data", "chat_template")},
-        )
+        ignored = ("base_model_name_or_path", "inference_mode", "peft_version")
+        more = {
+            "adapter": {name: value for name, value in adapter.items() if name not in ignored} or None,
+            "model": self._start_fingerprint,
+            "objective": self.objective and _describe(self.objective),
+            "num_processes": self.accelerator.num_processes,
+        }
+        return run_settings(self.args, self.game, more)
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
         epochs, steps = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
@@ -486,7 +478,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             model_name=model_name or Path(self.hub_model_id or self.run_dir).name,
             hub_model_id=self.hub_model_id,
             base_model=self.game.base_model,
-            revision=self.revision,
+            revision=(self.args.model_init_kwargs or {}).get("revision"),
             dataset_name=dataset_name,
             data=f"`{self.dataset_name}`, {len(self.game.train)} prompts ({left_out} rows left out)",
             settings={name: value for name, value in self.args.to_dict().items() if name in _CARD_SETTINGS},

@@ -72,7 +72,7 @@ class Request:
 
 
 def write_completions(directory: Path, name: str, completions: list[dict[str, Any]]):
-    """Commits a shard of completions while generation goes on. The file carries its checksum in its name."""
+    """Commits a shard of completions during generation. The file carries its checksum in its name."""
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(completions), buffer)
     data = buffer.getvalue()
@@ -154,7 +154,7 @@ def check_schema(path: Path, content: dict[str, Any]):
     if content["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has the schema version {content['schema_version']}, and this version of trl-spin reads "
-            f"{SCHEMA_VERSION}. Go on with the version that wrote it ({content.get('versions')}), or start again in a "
+            f"{SCHEMA_VERSION}. Continue with the version that wrote it ({content.get('versions')}), or start again in a "
             "new `output_dir`."
         )
 

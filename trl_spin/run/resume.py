@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""One job per directory, and a run that goes on only under the settings that it was begun with, from a whole checkpoint."""
+"""One job per directory, and a run that continues only with the settings that it was started with, from a whole checkpoint."""
 
 import hashlib
 import json
@@ -105,12 +105,13 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("trl-spin", "trl", "transformers", "peft", "accelerate", "torch")}
 
 
-def run_settings(args: SPINConfig, **more) -> dict[str, Any]:
-    """All that changes the result of a run, JSON-serializable: options, and in `more` what is not an option."""
+def run_settings(args: SPINConfig, game: Game, more: dict[str, Any]) -> dict[str, Any]:
+    """All that changes the result of a run, JSON-serializable: options, the data, and in `more` what is neither."""
     engines = {option.name for engine in ENGINES.values() if engine.flag for option in fields(engine.Options)}
     free = _FREE_OPTIONS | engines
     settings = {name: value for name, value in args.to_dict().items() if name not in free} | more
     settings |= {name: args.per_iteration(name) for name in PER_ITERATION}
+    settings |= {name: game.settings[name] for name in ("end_token_ids", "data", "chat_template")}
 
     def plain(value):
         return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
@@ -146,7 +147,7 @@ def write_run(output_dir: str, settings: dict[str, Any], token_budget: int):
 
 
 def recorded_token_budget(output_dir: str) -> int | None:
-    """`generation_token_budget` of the run that is resumed: it goes on in the same batches."""
+    """`generation_token_budget` of the run that is resumed: it continues with the same batches."""
     return (read_json(_run_file(output_dir)) or {}).get("generation_token_budget")
 
 
@@ -154,7 +155,7 @@ def open_run(
     args: SPINConfig, settings: dict[str, Any], resume_from_checkpoint: str | bool, num_processes: int
 ) -> str | None:
     """
-    Where the run in `output_dir` goes on: a checkpoint, or `None` for its beginning.
+    Where the run in `output_dir` continues: at a checkpoint, or at its beginning (`None`).
 
     Args:
         args ([`SPINConfig`]):
@@ -191,7 +192,7 @@ def open_run(
     for name, now in library_versions().items():
         if run["versions"].get(name) != now:
             logger.warning(
-                f"The run was made with {name} {run['versions'].get(name)} and goes on with {now}: its result may not "
+                f"The run was started with {name} {run['versions'].get(name)} and continues with {now}: its result may not "
                 "be the same, to the last digit, as without the change."
             )
     return choose_checkpoint(args, resume_from_checkpoint, num_processes)
@@ -208,13 +209,13 @@ def _compare_settings(path: Path, old: dict[str, Any], new: dict[str, Any]):
         if before != after:
             changes.append(f"- `{name}` was {before!r} and is {after!r}")
     if changes:
-        what = f"The run would not be the one that is continued. These settings differ from {path}:"
+        what = f"These settings would change the run. They differ from {path}:"
         remedy = "Resume with the old settings, or start a new run in another `output_dir`."
         raise ValueError("\n".join([what, *changes, remedy]))
 
 
 def _missing_file(checkpoint: Path, num_processes: int, model_only: bool) -> str | None:
-    """What a checkpoint lacks: the Trainer would go on without the optimizer's state, in silence."""
+    """What a checkpoint lacks: the Trainer would silently continue without the optimizer's state."""
     names = ["trainer_state.json"]
     if not model_only:
         names += ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{i}.pth" for i in range(num_processes)]
@@ -226,7 +227,7 @@ def _missing_file(checkpoint: Path, num_processes: int, model_only: bool) -> str
 
 def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_processes: int) -> str | None:
     """
-    The newest checkpoint from which the run can go on, or the given one.
+    The newest checkpoint from which the run can continue, or the given one.
 
     Args:
         args ([`SPINConfig`]):
@@ -237,7 +238,7 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_
             Number of processes.
 
     Returns:
-        `str` or `None`: Checkpoint. `None` if there is none and the run goes on from its beginning.
+        `str` or `None`: Checkpoint. `None` if there is none and the run starts from its beginning.
 
     Raises:
         `ValueError`: If the given checkpoint, or all of them, cannot be used.
@@ -266,7 +267,9 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_
         logger.warning(f"Cannot resume from {faults[-1]}")
     if resume_from_checkpoint is not True or any(Path(args.output_dir).glob(f"iteration-*/{RECORD}")):
         none = f"{args.output_dir} holds none (`save_strategy={args.save_strategy.value!r}`)."
-        remedy = "Restore the files, resume from another checkpoint, or start anew from the last finished iteration."
+        remedy = (
+            "Restore the files, resume from another checkpoint, or start a new run from the last finished iteration."
+        )
         raise ValueError("\n".join(["There is no checkpoint to resume from.", *(faults or [none]), remedy]))
-    logger.warning(f"There is no checkpoint in {args.output_dir} yet: the run goes on from its beginning.")
+    logger.warning(f"There is no checkpoint in {args.output_dir} yet: the run starts from its beginning.")
     return None

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 def weights_fingerprint(accelerator: Accelerator, model: torch.nn.Module) -> str:
     """
     SHA-256 of the weights, computed where they are: of a sum over positions for each tensor, exact in 64-bit integers
-    and so the same on every device. It tells models apart that are different by mistake, not by intent. The model may be
+    and so the same on every device. It detects accidental differences, not deliberate forgery. The model may be
     sharded over the processes.
     """
     digest = hashlib.sha256()
