@@ -255,7 +255,11 @@ def straight(tmp_path_factory):
 def assert_killed(straight, output_dir: Path, kind: str, world_size: int, death, signum: int = signal.SIGKILL):
     codes = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 1}
     whole = files_of_checkpoints(straight(kind, world_size))  # before, so that it is not killed with the other run
-    assert run(output_dir, kind, world_size, death, signum) == {codes[signum]}
+    exits = run(output_dir, kind, world_size, death, signum)
+    if signum == signal.SIGKILL:
+        # The other process may find its partner gone, and end by itself before it is killed
+        exits -= {1, -signal.SIGABRT}
+    assert exits == {codes[signum]}
     assert files_of_checkpoints(output_dir) <= whole
 
 

@@ -74,10 +74,8 @@ class SelfPlayCallback(TrainerCallback):
             pairs = self.processes.on_main(load_game, args.output_dir, iteration)
             self.swap(iteration, pairs, at_start=False)
         elif step != 0:
-            raise ValueError(
-                f"An epoch ended at step {state.global_step}, before the end of the dataset. Iterations are made of "
-                "whole epochs: do not set `control.should_epoch_stop` in a callback."
-            )
+            fault = f"An epoch ended at step {state.global_step}, but iterations are made of whole epochs"
+            raise ValueError(f"{fault}: do not set `control.should_epoch_stop` in a callback.")
         self.game.train.epoch = epoch
 
     def promote(self, iteration: int) -> Request:

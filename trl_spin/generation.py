@@ -68,10 +68,8 @@ def generate_pairs(
     for name in names:
         rows, done = game.datasets[name].rows, stored[name]
         if done and name == "train":
-            logger.warning(
-                f"Iteration {iteration}: {len(done)} of {len(rows)} {name} prompts have been completed already. Their "
-                "completions are used."
-            )
+            found = f"{len(done)} of {len(rows)} {name} prompts have been completed already"
+            logger.warning(f"Iteration {iteration}: {found}. Their completions are used.")
 
         def commit(completions: list[tuple[int, dict]], name=name):
             if completions:

@@ -71,37 +71,30 @@ class BestMetric:
     Args:
         name (`str`):
             See `metric_for_best_iteration` in [`SPINConfig`].
-        decides (`bool`):
-            Whether something depends on it, so that it must be measured.
         output_dir (`str`):
             Output directory of the run.
     """
 
     name: str
-    decides: bool
     output_dir: str
 
     @property
     def greater_is_better(self) -> bool:
         return "completions/" in self.name
 
-    def value_at_start(self) -> float | None:
-        """The number of the model that self-play started from."""
-        metrics, key = (
-            read_manifest(self.output_dir, 0)["metrics"],
-            self.name.replace("nll/real", "self_play/nll_real"),
-        )
-        if key not in metrics and self.decides:
-            known = sorted(key.replace("self_play/nll_real", "nll/real") for key in metrics if key.startswith("eval_"))
-            known = [key for key in known if key.endswith("nll/real") or "completions/" in key]
-            raise ValueError(
-                f"`metric_for_best_iteration` is {self.name!r}, which is not measured. There are {known}."
-            )
-        return metrics.get(key)
+    def check(self):
+        """Raises a `ValueError` if the number is not measured. The first game is stored."""
+        metrics = read_manifest(self.output_dir, 0)["metrics"]
+        measured = sorted(key.replace("self_play/nll_real", "nll/real") for key in metrics if key.startswith("eval_"))
+        measured = [key for key in measured if key.endswith("nll/real") or "completions/" in key]
+        if self.name not in measured:
+            what = f"`metric_for_best_iteration` is {self.name!r}, which is not measured"
+            raise ValueError(f"{what}. There are {measured}.")
 
     def values(self, last: int) -> dict[int, float]:
         """The numbers up to an iteration, where they were measured and their folders still exist."""
-        values = {} if read_manifest(self.output_dir, 0) is None else {-1: self.value_at_start()}
+        start = read_manifest(self.output_dir, 0) or {"metrics": {}}
+        values = {-1: start["metrics"].get(self.name.replace("nll/real", "self_play/nll_real"))}
         values |= {record["iteration"]: record.get(self.name) for record in read_records(self.output_dir, last + 1)}
         return {iteration: value for iteration, value in values.items() if value is not None}
 
@@ -122,10 +115,8 @@ class BestMetric:
         prefix = self.name.removesuffix("nll/real").split("completions/")[0]
         low, high = (logs[f"{prefix}rewards/accuracies_{end}"] for end in ("low", "high"))
         if low <= 0.5:
-            return (
-                "held-out real and generated completions can no longer be told apart (accuracy between "
-                f"{low:.3f} and {high:.3f})"
-            )
+            interval = f"accuracy between {low:.3f} and {high:.3f}"
+            return f"held-out real and generated completions can no longer be told apart ({interval})"
         return None
 
     def find_best(self, last: int) -> int:
@@ -136,10 +127,8 @@ class BestMetric:
         best = (max if self.greater_is_better else min)(values, key=values.get)
         if best != last:
             model = "the model that self-play started from" if best == -1 else f"iteration {best}'s"
-            logger.warning(
-                f"The last model is not the best one: `{self.name}` is {values[last]:.4g} for it, and {values[best]:.4g} "
-                f"for {model}."
-            )
+            numbers = f"`{self.name}` is {values[last]:.4g} for it, and {values[best]:.4g} for {model}"
+            logger.warning(f"The last model is not the best one: {numbers}.")
         return best
 
 
@@ -164,15 +153,14 @@ class BestIterationCallback(TrainerCallback):
         if args.load_best_iteration_at_end and state.global_step == 0:
             if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
                 raise ValueError(
-                    "`load_best_iteration_at_end` exchanges the model's weights in place, which DeepSpeed and FSDP do not "
-                    "allow. Leave it unset, or train with plain data parallelism."
+                    "`load_best_iteration_at_end` loads weights in place, which DeepSpeed and FSDP do not allow: unset it."
                 )
             with explain_write_error(args.output_dir):
                 self.trainer.save_model(str(model_dir(args.output_dir, -1)))
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if state.global_step == 0:  # so that a name that does not exist fails before anything is trained
-            self.processes.on_main(self.best_metric.value_at_start)
+        if state.global_step == 0 and (args.early_stopping or args.load_best_iteration_at_end):
+            self.processes.on_main(self.best_metric.check)  # before anything is trained
 
     def on_evaluate(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if self.game_is_over(state.log_history, state.global_step):
@@ -224,10 +212,8 @@ class IterationCallback(TrainerCallback):
         if (iteration := self.game.schedule.ended(state.global_step)) is not None:
             self.keep(iteration)
         elif not self.processes.stop.signum:
-            logger.warning(
-                f"Training ended at step {state.global_step}, in the middle of iteration {self.game.iteration}, whose "
-                "model is not kept as an iteration."
-            )
+            where = f"step {state.global_step}, in the middle of iteration {self.game.iteration}"
+            logger.warning(f"Training ended at {where}, whose model is not kept as an iteration.")
 
     def keep(self, iteration: int):
         """Keeps the model that an iteration made, with its record and model card."""

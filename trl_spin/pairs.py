@@ -206,10 +206,8 @@ class GameDataset(torch.utils.data.Dataset):
 
     def _check_started(self):
         if not self.pairs:
-            raise ValueError(
-                f"The game on the {self.name} dataset has not started: the opponent completes the prompts when "
-                "`train()` opens an iteration. Call `train()` before `evaluate()`."
-            )
+            reason = "the opponent completes the prompts when `train()` opens an iteration"
+            raise ValueError(f"The game on the {self.name} dataset has not started: {reason}. Call `train()` first.")
 
     @property
     def all_played(self) -> bool:

@@ -100,10 +100,8 @@ def chain_schedules(
         placeholder, warmup = torch.optim.SGD([torch.zeros(1)], lr=peak), args.get_warmup_steps(num_steps)
         part = get_scheduler(args.lr_scheduler_type, placeholder, warmup, num_steps, args.lr_scheduler_kwargs)
         if not isinstance(part, LambdaLR):
-            raise ValueError(
-                f"`lr_scheduler_type={args.lr_scheduler_type!r}` depends on more than the step, so it cannot restart at "
-                "each iteration. Use 'linear', 'cosine' or another schedule of the step."
-            )
+            fault = "depends on more than the step, and cannot restart at each iteration: use 'linear' or 'cosine'"
+            raise ValueError(f"`lr_scheduler_type={args.lr_scheduler_type!r}` {fault}.")
         scale = peak / peaks[0] if peak != peaks[0] else 1.0
         factors += [scale * part.lr_lambdas[0](step) for step in range(num_steps)]
     return ChainedLR(optimizer, lambda step: factors[min(step, len(factors) - 1)])

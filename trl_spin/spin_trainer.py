@@ -171,9 +171,9 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         elif not isinstance(args, SPINConfig):
             raise TypeError(f"`args` must be a `SPINConfig`, got {type(args).__name__}.")
         if optimizers[1] is not None and isinstance(args.learning_rate, list):
+            what = f"`learning_rate={args.learning_rate}` sets a peak per iteration"
             raise ValueError(
-                f"`learning_rate={args.learning_rate}` sets a peak per iteration, but `optimizers` brings a scheduler "
-                "of its own, which spans the whole run. Give one of the two."
+                f"{what}, but `optimizers` brings a scheduler, which spans the whole run: give one of them."
             )
         measures = compute_completion_metrics is not None
         eval_dataset, self._rows = hold_out(train_dataset, eval_dataset, args, measures)
@@ -223,8 +223,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             probe_args = copy.copy(args)
             probe_args.generation_kwargs = None  # which are the engine's
             probe_engine = Generate(probe_args, processes, game.rules)
-        decides = args.early_stopping or args.load_best_iteration_at_end
-        best_metric = BestMetric(args.metric_for_best_iteration, decides, args.output_dir)
+        best_metric = BestMetric(args.metric_for_best_iteration, args.output_dir)
         self_play = SelfPlayCallback(self, game, processes, engine, Measures(game, compute_completion_metrics))
         self.best_iteration = BestIterationCallback(self, game, processes, best_metric)
         self.add_callback(PreflightCallback(self, game, processes, [engine, probe_engine], self._settings))
@@ -309,10 +308,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if eval_dataset is not None and not isinstance(eval_dataset, (str, GameDataset)):
-            raise ValueError(
-                "`evaluate` takes no dataset: the opponent must complete held-out prompts at the start of an iteration. "
-                "Pass it as `eval_dataset` when you create the trainer."
-            )
+            reason = "the opponent must complete held-out prompts at the start of an iteration"
+            raise ValueError(f"`evaluate` takes no dataset: {reason}. Pass it to the trainer as `eval_dataset`.")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # ---- Data ----

@@ -152,11 +152,8 @@ def read_manifest(output_dir: str, iteration: int) -> dict[str, Any] | None:
 def check_schema(path: Path, content: dict[str, Any]):
     """Refuses files of another version of the package."""
     if content["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} has the schema version {content['schema_version']}, and this version of trl-spin reads "
-            f"{SCHEMA_VERSION}. Continue with the version that wrote it ({content.get('versions')}), or start again in a "
-            "new `output_dir`."
-        )
+        found = f"{path} has the schema version {content['schema_version']}, this trl-spin reads {SCHEMA_VERSION}"
+        raise ValueError(f"{found}. Use the version that wrote it ({content.get('versions')}), or a new `output_dir`.")
 
 
 def find_game_fault(output_dir: str, iteration: int) -> str | None:
@@ -197,10 +194,10 @@ def load_game(output_dir: str, iteration: int) -> dict[str, Dataset]:
         `ValueError`: If the game is not there, not complete, or damaged.
     """
     if fault := find_game_fault(output_dir, iteration):
-        raise ValueError(
-            f"The game of iteration {iteration} cannot be read: {fault}. Resume from a checkpoint of an earlier "
-            "iteration, which generates it again, or start again in a new `output_dir`."
+        remedy = (
+            "Resume from a checkpoint of an earlier iteration, which generates it again, or use a new `output_dir`."
         )
+        raise ValueError(f"The game of iteration {iteration} cannot be read: {fault}. {remedy}")
     tables = defaultdict(list)
     for shard in read_manifest(output_dir, iteration)["shards"]:
         table = pyarrow.parquet.read_table(game_dir(output_dir, iteration) / shard["file"])

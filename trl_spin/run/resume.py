@@ -183,18 +183,14 @@ def open_run(
     if run is None:
         if resume_from_checkpoint is True and not sort_checkpoints(args.output_dir):
             return None  # the first of several equal commands
-        raise ValueError(
-            f"There is no self-play run to resume in `output_dir` ({args.output_dir}): {path} does not exist. "
-            "Checkpoints of other trainers cannot be continued; pass one as `model` instead."
-        )
+        missing = f"There is no self-play run to resume in `output_dir` ({args.output_dir}): {path} does not exist"
+        raise ValueError(f"{missing}. Checkpoints of other trainers cannot be continued: pass one as `model` instead.")
     check_schema(path, run)
     _compare_settings(path, run["settings"], settings)
     for name, now in library_versions().items():
         if run["versions"].get(name) != now:
-            logger.warning(
-                f"The run was started with {name} {run['versions'].get(name)} and continues with {now}: its result may not "
-                "be the same, to the last digit, as without the change."
-            )
+            change = f"The run was started with {name} {run['versions'].get(name)} and continues with {now}"
+            logger.warning(f"{change}: its result may differ in the last digits.")
     return choose_checkpoint(args, resume_from_checkpoint, num_processes)
 
 
