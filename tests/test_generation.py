@@ -32,8 +32,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LogitsProcessorList
 
 from trl_spin import SelfPlayCallback
-from trl_spin.engines import ContinuousBatching, chosen_engine
+from trl_spin.engines import chosen_engine
 from trl_spin.engines.base import LARGE_BATCH
+from trl_spin.engines.continuous_batching import ContinuousBatching
 from trl_spin.engines.generate import SampleByRow, length_sorted_batches, sampling_processors, splitmix64
 from trl_spin.generation import row_seed
 from trl_spin.pairs import Rules

@@ -42,8 +42,7 @@ from transformers import AutoModelForCausalLM
 from trl.generation.vllm_client import VLLMClient
 
 from trl_spin import SelfPlayCallback
-from trl_spin.engines import VLLM
-from trl_spin.engines.vllm import unchanged_base_weights
+from trl_spin.engines.vllm import VLLM, unchanged_base_weights
 from trl_spin.pairs import Rules
 from trl_spin.run.games import load_game, read_manifest
 from trl_spin.run.processes import Processes, StopSignal

@@ -14,13 +14,13 @@
 
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers.trainer_utils import HubStrategy
 from trl import DPOConfig
 
-from .engines import VLLM, ContinuousBatching, Generate, SamplingOptions, chosen_engine
+from .engines import ENGINES, SamplingOptions, chosen_engine
 from .objectives import OBJECTIVES, TRL_LOSSES, check_objectives
 
 
@@ -64,7 +64,7 @@ def _help_from_docstring(cls: type) -> type:
 
 @_help_from_docstring
 @dataclass
-class SPINConfig(Generate.Options, ContinuousBatching.Options, VLLM.Options, SamplingOptions, DPOConfig):
+class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptions, DPOConfig):
     r"""
     Configuration class for the [`SPINTrainer`].
 
@@ -215,9 +215,8 @@ class SPINConfig(Generate.Options, ContinuousBatching.Options, VLLM.Options, Sam
     """
 
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + [
-        "chat_template_kwargs",
-        "generation_kwargs",
-        "transformers_continuous_batching_config",
+        *("chat_template_kwargs", "generation_kwargs"),
+        *(o.name for engine in ENGINES.values() for o in fields(engine.Options) if "dict" in str(o.type)),
     ]
 
     # Parameters whose default values are overridden from DPOConfig

@@ -12,12 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What completes the prompts, token ids in, token ids out. One file per engine: its options, its checks, its line in the plan."""
+"""What completes the prompts, token ids in, token ids out. A file in here is an engine: its options, checks and plan line."""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from .base import ENGINES as ENGINES
 from .base import Engine as Engine
 from .base import SamplingOptions as SamplingOptions
 from .base import chosen_engine as chosen_engine
-from .continuous_batching import ContinuousBatching as ContinuousBatching
 from .generate import Generate as Generate
-from .vllm import VLLM as VLLM
+
+
+for module in iter_modules(__path__):  # each registers its engine
+    import_module(f"{__name__}.{module.name}")
