@@ -137,7 +137,7 @@ def score(logps_of: LogProbs, processes: Processes, pairs: Dataset, name: str, b
         if not math.isfinite(real + generated):
             raise ValueError(
                 f"The model's log-probs of row {row} of the {name} dataset are {real} (real completion) and {generated} "
-                "(generated completion). Its weights or activations overflow: train in bfloat16 or float32 instead of "
-                "float16, lower the learning rate, or check the model that self-play started from."
+                "(generated completion): its weights or activations overflow. Train in bfloat16 or float32, not float16, "
+                "lower the learning rate, or check the model that self-play started from."
             )
     return with_logps(pairs, logps)

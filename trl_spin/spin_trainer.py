@@ -160,11 +160,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         objective: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None,
     ):
         if ref_model is not None:
-            raise ValueError(
-                "SPIN takes no `ref_model`: the reference of each iteration is the model itself at its start, which is "
-                "also the opponent that generates the completions. To train against a fixed reference, use "
-                "`trl.DPOTrainer`."
-            )
+            reason = "the reference of each iteration is the model itself at its start, which is the opponent as well"
+            raise ValueError(f"SPIN takes no `ref_model`: {reason}. For a fixed reference, use `trl.DPOTrainer`.")
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
             args = SPINConfig(f"{model_id.split('/')[-1]}-SPIN")
@@ -377,10 +374,11 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         except DryRun:
             return TrainOutput(0, 0.0, {})
         except StopRequested as request:
-            message = (
-                f"Stopped by {signal.Signals(request.signum).name} at step {self.state.global_step}. To resume, give the same "
-                "command with `--resume_from_checkpoint true`, or call `train(resume_from_checkpoint=True)`."
+            where = f"Stopped by {signal.Signals(request.signum).name} at step {self.state.global_step}"
+            remedy = (
+                "give the same command with `--resume_from_checkpoint true`, or `train(resume_from_checkpoint=True)`"
             )
+            message = f"{where}. To resume, {remedy}."
             logger.warning(message)
             if request.signum == signal.SIGINT:
                 raise KeyboardInterrupt(message) from None
@@ -422,11 +420,9 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
     def set_initial_training_values(self, args, dataloader):
         if len(dataloader) == 0:
-            raise ValueError(
-                f"{len(self.game.train)} rows do not fill one batch of {args.per_device_train_batch_size} on each of "
-                f"{self.accelerator.num_processes} processes: lower `per_device_train_batch_size`, or set "
-                "`dataloader_drop_last=False`."
-            )
+            batch = f"one batch of {args.per_device_train_batch_size} on each of {self.accelerator.num_processes} processes"
+            remedy = "lower `per_device_train_batch_size`, or set `dataloader_drop_last=False`"
+            raise ValueError(f"{len(self.game.train)} rows do not fill {batch}: {remedy}.")
         # `num_train_epochs` counts passes per iteration, the Trainer counts all of them
         total, num_epochs = copy.copy(args), args.per_iteration("num_train_epochs")
         total.num_train_epochs, total.max_steps = sum(num_epochs), -1

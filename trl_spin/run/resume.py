@@ -174,10 +174,10 @@ def open_run(
     run = read_json(path)
     if not resume_from_checkpoint:
         if run is not None:
+            what = f"`output_dir` ({args.output_dir}) holds the games of another run ({path.parent})"
+            resume = "`trainer.train(resume_from_checkpoint=True)` (`--resume_from_checkpoint true`)"
             raise ValueError(
-                f"`output_dir` ({args.output_dir}) holds the games of another run ({path.parent}), and runs are never "
-                "mixed. Continue that run with `trainer.train(resume_from_checkpoint=True)` "
-                "(`--resume_from_checkpoint true`), or choose a new `output_dir`."
+                f"{what}, and runs are never mixed. Resume it with {resume}, or choose another `output_dir`."
             )
         return None
     if run is None:
