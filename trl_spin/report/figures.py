@@ -90,10 +90,10 @@ def draw_training(run: Run) -> Figure | None:
 
 def draw_iterations(run: Run) -> Figure | None:
     """Curves over the iterations, or over the models that they made, with bars for the intervals."""
-    prefixes = {name: metric_prefix(name) for name in run.datasets}
-    panels = {title: {n: p + key for n, p in prefixes.items()} for title, key in TITLES["end"].items()} | TITLES[
-        "game"
-    ]
+    panels = {}
+    for title, key in TITLES["end"].items():
+        panels[title] = {name: metric_prefix(name) + key for name in run.datasets}
+    panels |= TITLES["game"]
     panels = {title: lines for title, lines in panels.items() if {*lines.values()} & {*run.metrics, *run.likelihoods}}
     if not panels:
         return None
@@ -107,15 +107,12 @@ def draw_iterations(run: Run) -> Figure | None:
                 bars = {"yerr": errors, "capsize": 3} if errors.notna().all(axis=None) else {}
                 ax.errorbar(points.index, points[key], label=label, **bars, **LOOKS.get(label, look))
         if title.startswith(("accuracy", "AUC")):
-            ax.axhline(0.5, color="0.5", linewidth=0.9, linestyle=":")
-            place = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "top"}
-            ax.text(1, 0.5, "chance", fontsize=8, color="0.4", **place)
+            ax.axhline(0.5, color="0.5", linewidth=0.9, linestyle=":", label="chance")
         ax.set_xlabel(TITLES["over"].get(title, "opponent of iteration"))
         ax.margins(x=0.08)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        ax.set_xticks(metrics.index[:: len(metrics) // 12 + 1])
         ax.xaxis.set_major_formatter(lambda x, position: "start" if x == -1 else f"{x:.0f}")
-        if len(lines) > 1:
-            ax.legend()
+        ax.legend()
     return figure
 
 
@@ -135,17 +132,17 @@ def draw_histograms(run: Run, name: str, kind: str) -> Figure | None:
         low, high = everything.quantile([0.002, 0.998])
         edges = np.linspace(low, high if high > low else low + 1, 41)
     figure, all_axes = _panels(games, num_columns=4, height=1.9, sharex=True, sharey=True)
-    figure.supxlabel(TITLES["pairs"][kind])
     figure.supylabel("share of completions")
     for ax, game in zip(all_axes, games.values(), strict=True):
         for side, values in game.items():
             look = LOOKS[side] | {"marker": "None"}
             shown = values.dropna().clip(edges[0], edges[-1])
             shares = np.full(len(shown), 1 / len(shown))
-            ax.hist(shown, edges, weights=shares, label=side, color=look["color"], **BARS[side])
+            ax.hist(shown, edges, weights=shares, label=side, color=look["color"], linestyle="-", **BARS[side])
             ax.axvline(values.mean(), label=f"mean, {side}", linewidth=1.2, **look)
         if kind == "changes":
             ax.axvline(0, color="0.2", linewidth=0.9)
+        ax.set_xlabel(TITLES["pairs"][kind])
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=kind == "lengths"))
     _legend(figure)
     return figure

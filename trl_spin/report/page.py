@@ -75,10 +75,8 @@ def write_report(output_dir: str | Path) -> Path:
                 figure.savefig(svg, format="svg", metadata={"Date": None})
                 images[kind][name] = base64.b64encode(svg.getvalue()).decode()
     # What models, datasets and users wrote is escaped wherever the template shows it, and loses what is not text
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, finalize=_plain, undefined=StrictUndefined, trim_blocks=True
-    )
+    environment = Environment(autoescape=True, finalize=_plain, undefined=StrictUndefined, trim_blocks=True)
+    environment.loader = FileSystemLoader(Path(__file__).parent)
     environment.filters |= {"cell": _cell, "code": _set_code, "json": json.dumps, "prefix": metric_prefix}
     template = environment.get_template("report.html.jinja")
     page = template.render(run=run, images=images, now=f"{datetime.now():%Y-%m-%d %H:%M}")
@@ -116,9 +114,8 @@ def main(arguments: list[str]):
     description = "Writes report/report.html, one file that needs no network, and the figures as PNG files."
     parser = argparse.ArgumentParser(prog="trl-spin report", description=description)
     parser.add_argument("output_dir", help="Output directory of a run, finished or not.")
-    options = parser.parse_args(arguments)
     try:
-        path = write_report(options.output_dir)
+        path = write_report(parser.parse_args(arguments).output_dir)
     except (FileNotFoundError, ModuleNotFoundError) as error:
         sys.exit(f"trl-spin report: {error}")
     tqdm.write(str(path))

@@ -94,7 +94,7 @@ class Run:
         self-play started from, and a column per dataset, named as the metric.
         """
         opponents = self.metrics.filter(regex="self_play/nll_real$").rename(lambda number: number - 1)
-        opponents.columns = opponents.columns.str.replace("self_play/nll_real", "nll/real")
+        opponents = opponents.rename(columns=lambda key: key.replace("self_play/nll_real", "nll/real"))
         # On training data it is an average over the iteration's steps, not the finished model's
         return opponents.combine_first(self.metrics.filter(regex="^eval_.*nll/real$"))
 

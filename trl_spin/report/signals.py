@@ -89,14 +89,13 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
     per token. The areas under the curve (AUC) say how well one number alone tells real from generated completions: the
     length, the first token, the log-prob per token under the opponent. Above 0.5, real completions score higher.
     """
-    described, lengths, logps, per_token = {}, {}, {}, {}
+    described, lengths, logps = {}, {}, {}
     # In a pair that is not played, the real completion is scored in place of the generated one as well
     played = pairs.with_format("numpy")["played"][:]
     for side in SIDES:
         texts = pairs[f"{side}_ids"][:]
         lengths[side] = np.array([len(ids) for ids in texts])
         logps[side] = np.array(pairs[f"ref_{side}_logps"][:])
-        per_token[side] = (logps[side] / np.maximum(1, lengths[side]))[played]
         described |= {
             f"mean_length_{side}": float(lengths[side].mean()),
             f"distinct_{side}": len(set(map(tuple, texts))) / len(texts),
@@ -110,7 +109,7 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
         "nll_generated": -sum(logps["generated"][played].tolist()) / max(1, int(lengths["generated"][played].sum())),
         "auc_length": auc(lengths["real"], lengths["generated"]),
         "auc_first_token": first_token_auc(pairs),
-        "auc_logps": auc(per_token["real"], per_token["generated"]),
+        "auc_logps": auc(*((logps[side] / np.maximum(1, lengths[side]))[played] for side in SIDES)),
     }
 
 
