@@ -162,16 +162,18 @@ def test_numbers_are_those_of_the_run(finished):
             row
         )
 
-    losses = [(logs["step"], logs["loss"]) for logs in run.log_history if "loss" in logs]
-    steps, values = run.series("loss", 0, 1000)
-    assert list(zip(steps, values, strict=True)) == losses and steps == [1, 2, 3, 4, 5, 6]
+    history = json.loads((finished / "self_play" / "log_history.json").read_text())
+    losses = [(logs["step"], logs["loss"]) for logs in history if "loss" in logs]
+    assert [*run.logged("loss").items()] == losses and [*run.logged("loss", 3).index] == [4, 5, 6]
+    assert [*run.logged("loss", 0, 3).index] == [1, 2, 3]
     assert run.starts == {0: 0, 1: 3}
-    models, likelihoods = run.likelihoods()
-    assert models == [-1, 0, 1]
-    assert likelihoods["train"] == [r["self_play/nll_real"] for r in records] + [None]
+    assert [*run.likelihoods.index] == [-1, 0, 1]
+    likelihoods = run.likelihoods.to_dict("list")
+    assert likelihoods["nll/real"][:2] == [r["self_play/nll_real"] for r in records]
+    assert np.isnan(likelihoods["nll/real"][2])
     # Measured twice: after an iteration, and as the opponent of the next one
     expected = [records[0]["eval_self_play/nll_real"], *(r["eval_nll/real"] for r in records)]
-    assert likelihoods["eval"] == pytest.approx(expected, rel=1e-5)
+    assert likelihoods["eval_nll/real"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_distributions_are_those_of_the_games(finished):
@@ -179,15 +181,16 @@ def test_distributions_are_those_of_the_games(finished):
     first, second = (load_game(str(finished), t)["train"] for t in range(2))
     for iteration, pairs in zip(run.iterations, (first, second), strict=True):
         completions = iteration.completions["train"]
-        assert completions.lengths["generated"].tolist() == [len(ids) for ids in pairs["generated_ids"]]
+        assert completions["lengths", "generated"].tolist() == [len(ids) for ids in pairs["generated_ids"]]
         # What is not played is not scored: under its name stands the real completion's log-prob
         expected = [p["ref_generated_logps"] / len(p["generated_ids"]) for p in pairs if p["played"]]
-        np.testing.assert_allclose(completions.logps_per_token["generated"], expected, rtol=1e-6)
+        np.testing.assert_allclose(completions["logps", "generated"].dropna(), expected, rtol=1e-6)
     expected = [
         (b["ref_real_logps"] - a["ref_real_logps"]) / len(a["real_ids"]) for a, b in zip(first, second, strict=True)
     ]
-    np.testing.assert_allclose(run.changes("train")[0], expected, rtol=1e-3, atol=1e-6)
-    assert run.changes("train").keys() == {0}
+    changes = [iteration.completions["train"]["changes", "real"] for iteration in run.iterations]
+    np.testing.assert_allclose(changes[0], expected, rtol=1e-3, atol=1e-6)
+    assert changes[1].isna().all()
 
 
 def test_signals_are_shown(finished, tmp_path, no_figures):
@@ -251,7 +254,7 @@ def test_a_run_that_stopped_in_the_middle(tmp_path):
     assert "Iteration 1 is not finished" in page.text and "no held-out prompts" in page.text
     run = read_run(tmp_path)
     assert [bool(i.record) for i in run.iterations] == [True, False]
-    assert run.series("loss", 0, 100)[0] == [1, 2, 3, 4]
+    assert [*run.logged("loss").index] == [1, 2, 3, 4]
     assert (tmp_path / "report" / "training.png").is_file()
 
     for path in tmp_path.glob("checkpoint-*/trainer_state.json"):
@@ -290,8 +293,8 @@ def test_adapters_history_and_several_held_out_sets(tmp_path):
     run = read_run(tmp_path)
     assert run.held_out == ["b $x$", "c"]
     # The completions of the earlier opponent belong to its own iteration
-    assert [len(i.completions["train"].pairs) for i in run.iterations] == [12, 12]
-    assert run.likelihoods()[1]["c"][2] == record(tmp_path, 1)["eval_c_nll/real"]
+    assert [len(i.completions["train"]) for i in run.iterations] == [12, 12]
+    assert run.likelihoods["eval_c_nll/real"][1] == record(tmp_path, 1)["eval_c_nll/real"]
     assert "Held-out prompts (b $x$), after training" in page.text
 
 

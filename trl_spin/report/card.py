@@ -15,21 +15,17 @@
 """The model card: what TRL's says, and how the model was made by self-play."""
 
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import is_wandb_available
 
 # Private to TRL, whose own card shows these links (trl 1.16, `create_model_card`)
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from .tables import iteration_rows
-
-
-if is_wandb_available():
-    import wandb
 
 
 def write_model_card(
@@ -83,7 +79,8 @@ def write_model_card(
         start=base_model,
         records=records,
         rows=iteration_rows(records),
-        wandb_run=wandb.run if is_wandb_available() else None,
+        # There is a run only where wandb has been imported
+        wandb_run=getattr(sys.modules.get("wandb"), "run", None),
         trackio_url=trackio_url,
         comet_url=get_comet_experiment_url(),
         version=version,

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import matplotlib.style
 import numpy as np
+import pandas
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -36,6 +37,7 @@ LOOKS = {
     "generated": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
 }
 POINTS = {"linestyle": "none", "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.5, "clip_on": False}
+BARS = {"real": {"histtype": "stepfilled", "alpha": 0.4}, "generated": {"histtype": "step", "linewidth": 1.5}}
 
 
 def style() -> AbstractContextManager:
@@ -48,154 +50,120 @@ def draw_all(run: Run) -> Iterator[tuple[str, str, Figure | None]]:
     yield "training", "", draw_training(run)
     yield "iterations", "", draw_iterations(run)
     for name in run.datasets:
-        completions = {i.number: i.completions[name] for i in run.iterations if name in i.completions}
-        lengths = {number: sides.lengths for number, sides in completions.items()}
-        yield "lengths", name, draw_histograms(lengths, "tokens", whole_numbers=True)
-        logps = {number: sides.logps_per_token for number, sides in completions.items()}
-        yield "logps", name, draw_histograms(logps, "log-prob per token, nats")
-        changes = {number: {"real": change} for number, change in run.changes(name).items()}
-        yield "changes", name, draw_histograms(changes, "change, nats per token", mark=0)
+        for kind in TITLES["pairs"]:
+            yield kind, name, draw_histograms(run, name, kind)
 
 
 def draw_training(run: Run) -> Figure | None:
     """Curves over the steps, with a gap where an iteration begins: from there on, the opponent is another."""
-    logged = {key for logs in run.log_history for key in logs}
-    panels = {title: lines for title, lines in TITLES["training"].items() if logged.intersection(lines.values())}
+    logs = run.log_history
+    panels = {title: lines for title, lines in TITLES["training"].items() if {*lines.values()} & {*logs}}
     if not panels:
         return None
-    figure, all_axes = _grid(panels, num_columns=3, height=2.15, xlabel="step; number and shade: iteration")
+    figure, all_axes = _panels(panels, num_columns=3, height=2.15)
+    figure.supxlabel("step; number and shade: iteration")
     of_training, *of_held_out = matplotlib.rcParams["axes.prop_cycle"]
-    starts = list(run.starts.values())
-    ends = [*starts[1:], max(logs["step"] for logs in run.log_history)]
+    steps = [*run.starts.values(), logs.index.max()]
     for ax, lines in zip(all_axes, panels.values(), strict=True):
         for side, key in lines.items():
             of_side = f"{side}, " if side else ""
             look = LOOKS.get(side, of_training)
-            for first, end in zip(starts, ends, strict=True):
-                steps, values = run.series(key, first, end)
+            for first, end in zip(steps[:-1], steps[1:], strict=True):
+                curve = run.logged(key, first, end)
                 # A line of one point would be invisible without its marker
-                marker = look["marker"] if len(steps) == 1 else "None"
-                ax.plot(steps, values, label=f"{of_side}training", **look | {"marker": marker})
+                marker = look["marker"] if len(curve) == 1 else "None"
+                ax.plot(curve.index, curve, label=f"{of_side}training", **look | {"marker": marker})
             for name, look in zip(run.held_out, cycle(of_held_out)):
-                steps, values = run.series(metric_prefix(name) + key, 0, math.inf)
-                if steps:
+                points = run.logged(metric_prefix(name) + key)
+                if len(points):
                     color = LOOKS.get(side, look)["color"]
-                    ax.plot(steps, values, label=of_side + name, color=color, marker=look["marker"], **POINTS)
-        for i, (number, first, end) in enumerate(zip(run.starts, starts, ends, strict=True)):
-            if i % 2:
-                ax.axvspan(first, end, color="0.93", linewidth=0, zorder=0)
-            if len(starts) <= 12:
-                place = {"x": (first + end) / 2, "y": 0.99, "transform": ax.get_xaxis_transform()}
-                ax.text(**place, s=number, ha="center", va="top", fontsize=8, color="0.45")
-        ax.margins(x=0.01, y=0.14)
+                    ax.plot(points.index, points, label=of_side + name, **look | POINTS | {"color": color})
+        for i, number in enumerate(run.starts):
+            first, end = steps[i : i + 2]
+            ax.axvspan(first, end, color="0.93" if i % 2 else "white", linewidth=0, zorder=0)
+            if len(run.starts) <= 12:
+                place = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
+                ax.text((first + end) / 2, 0.99, number, fontsize=8, color="0.45", **place)
     _legend(figure)
     return figure
 
 
 def draw_iterations(run: Run) -> Figure | None:
-    """Curves over the iterations, or over the models that they made."""
-    numbers = [iteration.number for iteration in run.iterations]
-    models, likelihoods = run.likelihoods()
-    lines = {}
-    for name, values in likelihoods.items():
-        lines[name] = [(model, nll, None, None) for model, nll in zip(models, values, strict=True) if nll is not None]
-    panels = [("NLL of the real completions, per token", "model", models, lines)]
+    """Curves over the iterations, or over the models that they made, with bars for the intervals."""
+    panels = {}
     for title, key in TITLES["end"].items():
-        lines = {name: _points(run, metric_prefix(name) + key) for name in run.datasets}
-        panels.append((title, "iteration", numbers, lines))
-    for title, keys in TITLES["game"].items():
-        lines = {label: _points(run, f"self_play/{key}") for label, key in keys.items()}
-        panels.append((title, "opponent of iteration", numbers, lines))
-    panels = [panel for panel in panels if any(panel[-1].values())]
+        panels[title] = {name: metric_prefix(name) + key for name in run.datasets}
+    panels |= TITLES["game"]
+    panels = {title: lines for title, lines in panels.items() if {*lines.values()} & {*run.metrics, *run.likelihoods}}
     if not panels:
         return None
-    figure, all_axes = _grid([title for title, *_ in panels], num_columns=3, height=2.3)
-    for ax, (title, xlabel, ticks, lines) in zip(all_axes, panels, strict=True):
-        for (label, points), look in zip(lines.items(), cycle(matplotlib.rcParams["axes.prop_cycle"])):
-            if points:
-                x, values, low, high = zip(*points, strict=True)
-                look = LOOKS.get(label, look)
-                ax.plot(x, values, label=label, **look)
-                if None not in low + high:
-                    errors = np.abs(np.subtract(values, (low, high)))
-                    ax.errorbar(x, values, yerr=errors, fmt="none", color=look["color"], capsize=3)
+    figure, all_axes = _panels(panels, num_columns=3, height=2.3)
+    for ax, (title, lines) in zip(all_axes, panels.items(), strict=True):
+        metrics = run.likelihoods if title.startswith("NLL") else run.metrics
+        for (label, key), look in zip(lines.items(), cycle(matplotlib.rcParams["axes.prop_cycle"])):
+            points = metrics.reindex(columns=[key, f"{key}_low", f"{key}_high"]).dropna(subset=key)
+            errors = points.iloc[:, 1:].sub(points[key], axis="index").abs().T
+            if len(points):
+                bars = {"yerr": errors, "capsize": 3} if errors.notna().all(axis=None) else {}
+                ax.errorbar(points.index, points[key], label=label, **bars, **LOOKS.get(label, look))
         if title.startswith(("accuracy", "AUC")):
-            ax.axhline(0.5, color="0.5", linewidth=0.9, linestyle=":")
-            where = ax.get_yaxis_transform()
-            ax.annotate("chance", (1, 0.5), (0, -10), where, "offset points", ha="right", fontsize=8, color="0.4")
-        ax.set_xlabel(xlabel)
-        ax.margins(x=0.08, y=0.15)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if xlabel == "model" or len(ticks) <= 12:
-            ax.set_xticks(ticks, ["start" if tick == -1 else tick for tick in ticks])
-        if len(lines) > 1:
-            ax.legend()
+            ax.axhline(0.5, color="0.5", linewidth=0.9, linestyle=":", label="chance")
+        ax.set_xlabel(TITLES["over"].get(title, "opponent of iteration"))
+        ax.margins(x=0.08)
+        ax.set_xticks(metrics.index[:: len(metrics) // 12 + 1])
+        ax.xaxis.set_major_formatter(lambda x, position: "start" if x == -1 else f"{x:.0f}")
+        ax.legend()
     return figure
 
 
-def _points(run: Run, key: str) -> list[tuple]:
-    """Number of each iteration for which there is a metric, its value, and the ends of its interval or `None`."""
-    points = [(i.number, *(i.values.get(key + end) for end in ("", "_low", "_high"))) for i in run.iterations]
-    return [point for point in points if point[1] is not None]
-
-
-def draw_histograms(
-    panels: dict[int, dict[str, np.ndarray]], xlabel: str, whole_numbers: bool = False, mark: float | None = None
-) -> Figure | None:
-    """Shares of the completions by a number of theirs: a panel per iteration, with a distribution per side."""
-    drawn = {number: {s: values for s, values in sides.items() if len(values)} for number, sides in panels.items()}
-    drawn = {f"iteration {number}": sides for number, sides in drawn.items() if sides}
-    if not drawn:
+def draw_histograms(run: Run, name: str, kind: str) -> Figure | None:
+    """Shares of a dataset's completions by a number of theirs: a panel per iteration, a distribution per side."""
+    games = {i.number: i.completions[name][kind] for i in run.iterations if name in i.completions}
+    games = {f"iteration {number}": game.dropna(axis="columns", how="all") for number, game in games.items()}
+    games = {title: game for title, game in games.items() if game.size}
+    if not games:
         return None
-    everything = np.concatenate([values for sides in drawn.values() for values in sides.values()])
+    everything = pandas.concat(games.values()).stack()
     low, high = everything.min(), everything.max()
-    if whole_numbers and high - low <= 40:
+    if kind == "lengths" and high - low <= 40:
         edges = np.arange(low - 0.5, high + 1)
     else:
         # A few outliers would squeeze all others into one bar: they are counted in the outermost ones
-        low, high = np.quantile(everything, [0.002, 0.998])
+        low, high = everything.quantile([0.002, 0.998])
         edges = np.linspace(low, high if high > low else low + 1, 41)
-    figure, all_axes = _grid(drawn, num_columns=4, height=1.9, xlabel=xlabel, share_axes=True)
-    for ax, sides in zip(all_axes, drawn.values(), strict=True):
-        for side, values in sides.items():
-            shares = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
-            color, linestyle = LOOKS[side]["color"], LOOKS[side]["linestyle"]
-            look = {"fill": True, "alpha": 0.4} if side == "real" else {"linewidth": 1.5}
-            ax.stairs(shares, edges, color=color, label=side, **look)
-            ax.axvline(values.mean(), color=color, linewidth=1.2, linestyle=linestyle, label=f"mean, {side}")
-        if mark is not None:
-            ax.axvline(mark, color="0.2", linewidth=0.9)
-        ax.margins(x=0.02)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole_numbers))
-        if ax.get_subplotspec().is_first_col():
-            ax.set_ylabel("share of completions")
-    all_axes[0].set_ylim(bottom=0)
+    figure, all_axes = _panels(games, num_columns=4, height=1.9, sharex=True, sharey=True)
+    figure.supylabel("share of completions")
+    for ax, game in zip(all_axes, games.values(), strict=True):
+        for side, values in game.items():
+            look = LOOKS[side] | {"marker": "None"}
+            shown = values.dropna().clip(edges[0], edges[-1])
+            shares = np.full(len(shown), 1 / len(shown))
+            ax.hist(shown, edges, weights=shares, label=side, color=look["color"], linestyle="-", **BARS[side])
+            ax.axvline(values.mean(), label=f"mean, {side}", linewidth=1.2, **look)
+        if kind == "changes":
+            ax.axvline(0, color="0.2", linewidth=0.9)
+        ax.set_xlabel(TITLES["pairs"][kind])
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=kind == "lengths"))
     _legend(figure)
     return figure
 
 
-def _grid(titles: Collection[str], num_columns: int, height: float, xlabel: str = "", share_axes: bool = False):
-    """A figure of panels, row by row, without the empty ones of the last row, and the axes of the panels."""
-    # Few panels keep the size that they have among many
-    num_panels, width = len(titles), 10 / num_columns
-    num_columns = min(num_columns, max(2, num_panels))
-    num_rows = math.ceil(num_panels / num_columns)
-    figure = Figure(figsize=(width * num_columns, height * num_rows + 0.4), layout="constrained")
-    all_axes = figure.subplots(num_rows, num_columns, squeeze=False, sharex=share_axes, sharey=share_axes).flatten()
-    for ax in all_axes[num_panels:]:
+def _panels(titles: Collection[str], num_columns: int, height: float, **shared: bool):
+    """A figure, and the axes of its panels, row by row. Few panels keep the size that they have among many."""
+    width = 10 / num_columns
+    num_columns = min(num_columns, max(2, len(titles)))
+    num_rows = math.ceil(len(titles) / num_columns)
+    figure = Figure((width * num_columns, height * num_rows + 0.4))
+    all_axes = figure.subplots(num_rows, num_columns, squeeze=False, **shared).flatten()
+    for ax in all_axes[len(titles) :]:
         ax.remove()
-    for i, (ax, title) in enumerate(zip(all_axes, titles, strict=False)):
+    for ax, title in zip(all_axes, titles, strict=False):
         ax.set_title(title)
-        if i + num_columns >= num_panels:
-            ax.tick_params(labelbottom=True)
-            ax.set_xlabel(xlabel)
-    return figure, all_axes[:num_panels]
+        ax.tick_params(labelbottom=True)
+    return figure, all_axes[: len(titles)]
 
 
 def _legend(figure: Figure):
     """One legend above all panels, which draw the same lines."""
-    handles = {}
-    for ax in figure.axes:
-        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if len(handles) > 1:
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(6, len(handles)))
+    handles = {handle.get_label(): handle for ax in figure.axes for handle in ax.get_legend_handles_labels()[0]}
+    figure.legend(handles=handles.values(), loc="outside upper center", ncols=6)

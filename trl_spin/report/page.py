@@ -34,7 +34,7 @@ from markupsafe import Markup, escape
 from tqdm.auto import tqdm
 
 from ..run.files import atomic_open
-from .reader import Iteration, is_number, read_run
+from .reader import Iteration, read_run
 from .signals import metric_prefix
 
 
@@ -75,13 +75,8 @@ def write_report(output_dir: str | Path) -> Path:
                 figure.savefig(svg, format="svg", metadata={"Date": None})
                 images[kind][name] = base64.b64encode(svg.getvalue()).decode()
     # What models, datasets and users wrote is escaped wherever the template shows it, and loses what is not text
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=_plain,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
+    environment = Environment(autoescape=True, finalize=_plain, undefined=StrictUndefined, trim_blocks=True)
+    environment.loader = FileSystemLoader(Path(__file__).parent)
     environment.filters |= {"cell": _cell, "code": _set_code, "json": json.dumps, "prefix": metric_prefix}
     template = environment.get_template("report.html.jinja")
     page = template.render(run=run, images=images, now=f"{datetime.now():%Y-%m-%d %H:%M}")
@@ -102,10 +97,8 @@ def _set_code(message: str) -> Markup:
 
 def _cell(iteration: Iteration, key: str) -> str:
     """What an iteration says of a setting or a metric, with its interval where one was logged."""
-    value, low, high = (iteration.values.get(key + end) for end in ("", "_low", "_high"))
-    if is_number(low) and is_number(high):
-        return f"{_number(value)} [{_number(low)}, {_number(high)}]"
-    return _number(value)
+    value, low, high = (_number(iteration.values.get(key + end)) for end in ("", "_low", "_high"))
+    return f"{value} [{low}, {high}]" if low and high else value
 
 
 def _number(value: Any) -> str:
@@ -118,14 +111,11 @@ def _number(value: Any) -> str:
 
 def main(arguments: list[str]):
     """The `trl-spin report` command, given the command line after `report`."""
-    parser = argparse.ArgumentParser(
-        prog="trl-spin report",
-        description="Writes report/report.html, one file that needs no network, and the figures as PNG files.",
-    )
+    description = "Writes report/report.html, one file that needs no network, and the figures as PNG files."
+    parser = argparse.ArgumentParser(prog="trl-spin report", description=description)
     parser.add_argument("output_dir", help="Output directory of a run, finished or not.")
-    options = parser.parse_args(arguments)
     try:
-        path = write_report(options.output_dir)
+        path = write_report(parser.parse_args(arguments).output_dir)
     except (FileNotFoundError, ModuleNotFoundError) as error:
         sys.exit(f"trl-spin report: {error}")
     tqdm.write(str(path))

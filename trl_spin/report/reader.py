@@ -14,48 +14,23 @@
 
 """Reads what a run has left on disk, for the report and the model card."""
 
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import pairwise
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 from pyarrow import Table, compute
 
 from ..run.files import HISTORY, PROBES, RECORD, SETTINGS, game_dir, model_dir, read_json
 from ..run.games import load_game, read_manifest
-from .signals import metric_prefix
 
 
-SIDES = ("real", "generated")
 PER_ITERATION = ("beta", "learning_rate", "num_train_epochs")
-
-
-@dataclass
-class Completions:
-    """The real completions of one dataset's prompts, and those of an iteration's opponent."""
-
-    pairs: Table
-
-    @cached_property
-    def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens of each completion, by side."""
-        return {side: compute.list_value_length(self.pairs[f"{side}_ids"]).to_numpy() for side in SIDES}
-
-    @cached_property
-    def logps_per_token(self) -> dict[str, np.ndarray]:
-        """The opponent's log-prob per token of each completion, by side."""
-        # In a pair that is not played, the real completion is scored in place of the generated one as well
-        scored = {"real": True, "generated": self.pairs["played"].to_numpy()}
-        logps = {}
-        for side, lengths in self.lengths.items():
-            shown = scored[side] & (lengths > 0)
-            logps[side] = self.pairs[f"ref_{side}_logps"].to_numpy()[shown] / lengths[shown]
-        return logps
 
 
 @dataclass
@@ -66,7 +41,7 @@ class Iteration:
     manifest: dict[str, Any]
     record: dict[str, Any]
     values: dict[str, Any]  # its settings, as planned or as played, and all metrics
-    completions: dict[str, Completions]
+    completions: dict[str, pandas.DataFrame]  # see `_measure`
 
 
 @dataclass
@@ -78,7 +53,7 @@ class Run:
     versions: dict[str, Any] = field(default_factory=dict)
     iterations: list[Iteration] = field(default_factory=list)
     probes: dict[int, dict[str, Any]] = field(default_factory=dict)  # by row, with the completions by model
-    log_history: list[dict[str, Any]] = field(default_factory=list)
+    log_history: pandas.DataFrame = field(default_factory=pandas.DataFrame)  # by step
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -97,47 +72,31 @@ class Run:
         """Names of the datasets that were not trained on."""
         return [name for name in self.datasets if name != "train"]
 
-    @cached_property
+    def logged(self, key: str, first: float = 0, end: float = np.inf) -> pandas.Series:
+        """What was logged after step `first`, up to and including step `end`, by step."""
+        values = self.log_history.get(key, pandas.Series(dtype=float))
+        return values[np.isfinite(values) & (values.index > first) & (values.index <= end)]
+
+    @property
     def starts(self) -> dict[int, float]:
         """The step after which each iteration's own steps begin, as logged."""
-        boundaries = [logs for logs in self.log_history if "self_play/iteration" in logs]
-        return {int(logs["self_play/iteration"]): logs["step"] for logs in boundaries} or {0: 0}
+        return {int(number): step for step, number in self.logged("self_play/iteration", -1).items()} or {0: 0}
 
-    def series(self, key: str, first: float, end: float) -> tuple[list[float], list[float]]:
-        """Steps and values of what was logged after step `first`, up to and including step `end`."""
-        logged = [logs for logs in self.log_history if is_number(logs.get(key)) and first < logs["step"] <= end]
-        return [logs["step"] for logs in logged], [logs[key] for logs in logged]
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """Settings and metrics, a row per iteration."""
+        return pandas.DataFrame([i.values for i in self.iterations], index=[i.number for i in self.iterations])
 
-    def likelihoods(self) -> tuple[list[int], dict[str, list[float | None]]]:
+    @property
+    def likelihoods(self) -> pandas.DataFrame:
         """
-        The models, -1 for the one that self-play started from, and by dataset the negative log-likelihood that each
-        gives to the real completions.
+        Negative log-likelihood that each model gives to the real completions: a row per model, -1 for the one that
+        self-play started from, and a column per dataset, named as the metric.
         """
-        values = {}
-        for name in self.datasets:
-            prefix = metric_prefix(name)
-            # On training data it is an average over the iteration's steps, not the finished model's
-            after = {i.number: i.values.get(f"{prefix}nll/real") for i in self.iterations if name != "train"}
-            before = {i.number - 1: i.values.get(f"{prefix}self_play/nll_real") for i in self.iterations}
-            nlls = [*after.items(), *before.items()]
-            values[name] = {model: nll for model, nll in nlls if is_number(nll)}
-        models = sorted(set().union(*values.values()))
-        return models, {name: [by_model.get(model) for model in models] for name, by_model in values.items()}
-
-    def changes(self, name: str) -> dict[int, np.ndarray]:
-        """How each iteration changed the log-prob per token of the real completions, measured by the next opponent."""
-        opponents = {i.number: i.completions[name] for i in self.iterations if name in i.completions}
-        changes = {}
-        for number, before in opponents.items():
-            # With `truncated_completions="cut_real"` the real completions differ from one opponent to the next
-            if (after := opponents.get(number + 1)) and after.pairs["real_ids"].equals(before.pairs["real_ids"]):
-                changes[number] = after.logps_per_token["real"] - before.logps_per_token["real"]
-        return changes
-
-
-def is_number(value: Any) -> bool:
-    """Whether a logged value is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+        opponents = self.metrics.filter(regex="self_play/nll_real$").rename(lambda number: number - 1)
+        opponents = opponents.rename(columns=lambda key: key.replace("self_play/nll_real", "nll/real"))
+        # On training data it is an average over the iteration's steps, not the finished model's
+        return opponents.combine_first(self.metrics.filter(regex="^eval_.*nll/real$"))
 
 
 def read_run(output_dir: str | Path) -> Run:
@@ -148,10 +107,8 @@ def read_run(output_dir: str | Path) -> Run:
     run = Run(Path(output_dir))
     directory = run.output_dir / "self_play"
     if not (directory / SETTINGS).is_file():
-        raise FileNotFoundError(
-            f"{run.output_dir} holds no run: {directory / SETTINGS} does not exist. Give the `output_dir` of a run "
-            "that has begun."
-        )
+        missing = f"{run.output_dir} holds no run: {directory / SETTINGS} does not exist."
+        raise FileNotFoundError(f"{missing} Give the `output_dir` of a run that has begun.")
     content = _attempt(run, {}, read_json, directory / SETTINGS)
     run.settings, run.versions = content.get("settings", {}), content.get("versions", {})
     for number in _numbers(directory.glob("iteration-*")):
@@ -161,10 +118,16 @@ def read_run(output_dir: str | Path) -> Run:
         state = _attempt(run, {}, read_json, run.output_dir / f"checkpoint-{number}" / "trainer_state.json")
         log_history = state.get("log_history") or log_history
     # The last entry sums up the whole training
-    run.log_history = [logs for logs in log_history if is_number(logs.get("step")) and "train_runtime" not in logs]
+    if log_history := [logs for logs in log_history if "step" in logs and "train_runtime" not in logs]:
+        run.log_history = pandas.DataFrame(log_history).set_index("step").apply(pandas.to_numeric, errors="coerce")
+    for before, after in pairwise(run.iterations):
+        for name in before.completions.keys() & after.completions.keys():
+            old, new = before.completions[name], after.completions[name]
+            # With `truncated_completions="cut_real"` the real completions differ from one opponent to the next
+            if before.number + 1 == after.number and old["ids"].equals(new["ids"]):
+                old["changes", "real"] = new["logps", "real"] - old["logps", "real"]
     finished = _numbers(path.parent for path in run.output_dir.glob(f"iteration-*/{RECORD}"))
-    played = [iteration.number for iteration in run.iterations]
-    if lost := [str(number) for number in finished if number not in played]:
+    if lost := [str(number) for number in finished if number not in run.metrics.index]:
         run.notes.append(f"The games of these iterations are missing: {', '.join(lost)}.")
     return run
 
@@ -185,10 +148,23 @@ def _read_iteration(run: Run, number: int):
     for name, pairs in _attempt(run, {}, load_game, str(run.output_dir), number).items():
         table = pairs.data.table
         # Completions by earlier opponents belong to earlier iterations
-        completions[name] = Completions(table.filter(compute.equal(table["opponent"], number)))
+        completions[name] = _measure(table.filter(compute.equal(table["opponent"], number)))
     planned = {key: run.settings[key][number] for key in PER_ITERATION if number < len(run.settings.get(key, []))}
-    values = planned | manifest["metrics"] | record
-    run.iterations.append(Iteration(number, manifest, record, values, completions))
+    run.iterations.append(Iteration(number, manifest, record, planned | manifest["metrics"] | record, completions))
+
+
+def _measure(pairs: Table) -> pandas.DataFrame:
+    """
+    What the figures show of pairs, by kind and side: `lengths` in tokens, the opponent's log-prob per token (`logps`),
+    and its `changes` until the next opponent, which are still unknown.
+    """
+    measures = {("ids", "real"): pairs["real_ids"].to_pandas().map(np.ndarray.tobytes), ("changes", "real"): np.nan}
+    # In a pair that is not played, the real completion is scored in place of the generated one as well
+    for side, scored in {"real": True, "generated": pairs["played"].to_pandas()}.items():
+        lengths = compute.list_value_length(pairs[f"{side}_ids"]).to_pandas()
+        logps = pairs[f"ref_{side}_logps"].to_pandas() / lengths
+        measures |= {("lengths", side): lengths, ("logps", side): logps.where(scored & (lengths > 0))}
+    return pandas.DataFrame(measures)
 
 
 def _numbers(paths: Iterable[Path]) -> list[int]:

@@ -15,10 +15,16 @@
 """What the two sides of a game look like, in numbers, and what deserves a warning."""
 
 import math
+import tomllib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+
+
+SIDES = ("real", "generated")
+WARNINGS = tomllib.loads(Path(__file__).with_name("warnings.toml").read_text(encoding="utf-8"))
 
 
 def _mean(values: list[float]) -> float:
@@ -68,16 +74,12 @@ def first_token_auc(pairs: Dataset) -> float:
     How well the first token alone tells real from generated completions. Tokens are counted in one half of the pairs
     and score the other half by the log-ratio of their counts, so that no pair is scored by its own counts.
     """
-    real, generated = ([ids[0] if ids else -1 for ids in pairs[f"{side}_ids"][:]] for side in ("real", "generated"))
+    firsts = [[ids[0] if ids else -1 for ids in pairs[f"{side}_ids"][:]] for side in SIDES]
     values = []
-    for half in (0, 1):
-        counts = Counter(real[half::2]), Counter(generated[half::2])
-        scores = [
-            [math.log((counts[0][token] + 1) / (counts[1][token] + 1)) for token in tokens[1 - half :: 2]]
-            for tokens in (real, generated)
-        ]
-        if scores[0]:
-            values.append(auc(*scores))
+    for half in (0, 1) if len(pairs) > 1 else (1,):
+        real, generated = (Counter(tokens[half::2]) for tokens in firsts)
+        scores = {token: math.log((real[token] + 1) / (generated[token] + 1)) for token in {*firsts[0], *firsts[1]}}
+        values.append(auc(*([scores[token] for token in tokens[1 - half :: 2]] for tokens in firsts)))
     return _mean(values)
 
 
@@ -87,27 +89,27 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
     per token. The areas under the curve (AUC) say how well one number alone tells real from generated completions: the
     length, the first token, the log-prob per token under the opponent. Above 0.5, real completions score higher.
     """
-    completions = {side: pairs[f"{side}_ids"][:] for side in ("real", "generated")}
-    measures = {
-        "mean_length": lambda texts: _mean([len(ids) for ids in texts]),
-        "distinct": lambda texts: len(set(map(tuple, texts))) / len(texts),
-        "distinct_bigrams": lambda texts: distinct_ngrams(texts, 2),
-        "repetition": repetition,
-    }
+    described, lengths, logps = {}, {}, {}
     # In a pair that is not played, the real completion is scored in place of the generated one as well
-    played, lengths, logps, per_token = pairs["played"][:], {}, {}, {}
-    for side, texts in completions.items():
-        lengths[side] = [len(ids) for ids, p in zip(texts, played, strict=True) if p]
-        logps[side] = [v for v, p in zip(pairs[f"ref_{side}_logps"][:], played, strict=True) if p]
-        per_token[side] = [v / max(1, n) for v, n in zip(logps[side], lengths[side], strict=True)]
+    played = pairs.with_format("numpy")["played"][:]
+    for side in SIDES:
+        texts = pairs[f"{side}_ids"][:]
+        lengths[side] = np.array([len(ids) for ids in texts])
+        logps[side] = np.array(pairs[f"ref_{side}_logps"][:])
+        described |= {
+            f"mean_length_{side}": float(lengths[side].mean()),
+            f"distinct_{side}": len(set(map(tuple, texts))) / len(texts),
+            f"distinct_bigrams_{side}": distinct_ngrams(texts, 2),
+            f"repetition_{side}": repetition(texts),
+        }
     return {
-        **{f"{name}_{side}": measure(completions[side]) for name, measure in measures.items() for side in completions},
+        **described,
         **{name: _mean(pairs[name][:]) for name in ("truncated", "empty", "identical", "played")},
-        "nll_real": -sum(pairs["ref_real_logps"][:]) / sum(map(len, completions["real"])),
-        "nll_generated": -sum(logps["generated"]) / max(1, sum(lengths["generated"])),
-        "auc_length": auc(*([len(ids) for ids in texts] for texts in completions.values())),
+        "nll_real": -sum(logps["real"].tolist()) / int(lengths["real"].sum()),
+        "nll_generated": -sum(logps["generated"][played].tolist()) / max(1, int(lengths["generated"][played].sum())),
+        "auc_length": auc(lengths["real"], lengths["generated"]),
         "auc_first_token": first_token_auc(pairs),
-        "auc_logps": auc(per_token["real"], per_token["generated"]),
+        "auc_logps": auc(*((logps[side] / np.maximum(1, lengths[side]))[played] for side in SIDES)),
     }
 
 
@@ -116,38 +118,17 @@ def find_warnings(game: dict[str, float], earlier: dict[str, float] | None) -> l
     What deserves a look in a game, and what to do about it. `game` and `earlier`, the game before it if there is one,
     are as [`describe_game`] returns them.
     """
-    remedies = {
-        "truncated": "Raise `max_completion_length`, or check that the model was fine-tuned to end its completions: "
-        "otherwise real and generated completions differ mainly in length.",
-        "empty": "Is the chat template the one the model was fine-tuned with?",
-        "identical": "The model has memorized the data, and there is little left to learn.",
-    }
     earlier = earlier or game
-    longer = "real" if game["auc_length"] > 0.5 else "generated"
-    repeats_itself = game["distinct_generated"] < 0.5 * game["distinct_real"]
-    loops = game["repetition_generated"] > 0.2 + game["repetition_real"]
-    length_tells = max(game["auc_length"], 1 - game["auc_length"]) > 0.75
-    overshot = game["nll_real"] > earlier["nll_real"] + 0.02
-    warnings = {
-        f"{game[kind]:.0%} of the generated completions are {kind}. {remedy}": game[kind] > 0.5
-        for kind, remedy in remedies.items()
-    } | {
-        f"{game['distinct_generated']:.0%} of the generated completions are distinct, but {game['distinct_real']:.0%} of "
-        "the real ones. The model repeats itself: lower the learning rate or raise `beta`, and look at the "
-        "completions.": repeats_itself,
-        f"{game['repetition_generated']:.0%} of the 4-grams in a generated completion are repeats, but "
-        f"{game['repetition_real']:.0%} in a real one: the model loops. Lower the learning rate or raise `beta`.": loops,
-        f"Length alone tells real from generated completions (AUC {game['auc_length']:.2f}, the {longer} ones are "
-        "longer), which is enough to win the game. Raise `beta` or lower the learning rate or, where completions are "
-        "truncated, cut the real ones as well with `truncated_completions='cut_real'`.": length_tells,
-        f"The first token alone tells real from generated completions (AUC {game['auc_first_token']:.2f}). Usually the "
-        "chat template, or a space, is not what the model was fine-tuned with: compare `real_ids` and `generated_ids` in "
-        "a few pairs.": game["auc_first_token"] > 0.75,
-        f"The real completions have become less likely: negative log-likelihood {earlier['nll_real']:.3f} -> "
-        f"{game['nll_real']:.3f} per token. The last iteration overshot: raise `beta`, lower the learning rate or the "
-        "number of passes, or add an anchor with `sft_weight`.": overshot,
+    holds = {
+        **{kind: game[kind] > 0.5 for kind in ("truncated", "empty", "identical")},
+        "repeats_itself": game["distinct_generated"] < 0.5 * game["distinct_real"],
+        "loops": game["repetition_generated"] > 0.2 + game["repetition_real"],
+        "length": max(game["auc_length"], 1 - game["auc_length"]) > 0.75,
+        "first_token": game["auc_first_token"] > 0.75,
+        "overshot": game["nll_real"] > earlier["nll_real"] + 0.02,
     }
-    return [warning for warning, holds in warnings.items() if holds]
+    longer = "real" if game["auc_length"] > 0.5 else "generated"
+    return [WARNINGS[name].format(earlier=earlier, longer=longer, **game) for name, found in holds.items() if found]
 
 
 def judge(before: float, after: float, name: str, greater_is_better: bool) -> tuple[bool, str]:

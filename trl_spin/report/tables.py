@@ -19,6 +19,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import pandas
 from tqdm.auto import tqdm
 from transformers.utils import is_rich_available
 
@@ -35,26 +36,24 @@ def iteration_rows(records: list[dict[str, Any]]) -> list[list[str]]:
 
 def show_table(title: str, rows: list[list[str]]):
     """Prints a table whose first row holds the titles of the columns, with rich where it is installed."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    if is_rich_available():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        # As `Text`: what a model or a dataset wrote is never markup
-        table = Table(title=Text(title), show_lines=any(len(c) > 30 or "\n" in c for row in rows for c in row))
-        for column in rows[0]:
-            table.add_column(Text(column), overflow="fold")
-        for row in rows[1:]:
-            table.add_row(*map(Text, row))
-        with tqdm.external_write_mode():
-            Console().print(table)
+    columns, *rows = [[printable(cell) for cell in row] for row in rows]
+    if not is_rich_available():
+        width = max(12, shutil.get_terminal_size().columns // len(columns) - 2)
+        table = pandas.DataFrame(rows, columns=columns).to_string(index=False, max_colwidth=width)
+        tqdm.write(f"{title}\n{table}")
         return
-    width = max(12, shutil.get_terminal_size().columns // len(rows[0]) - 2)
-    cells = [[cell.replace("\n", " ")[:width] for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    tqdm.write("\n".join([title, *lines]))
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    # As `Text`: what a model or a dataset wrote is never markup
+    headers = [Column(Text(column), overflow="fold") for column in columns]
+    long = any(len(cell) > 30 or "\n" in cell for row in [columns, *rows] for cell in row)
+    table = Table(*headers, title=Text(title), show_lines=long)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    with tqdm.external_write_mode():
+        Console().print(table)
 
 
 def printable(text: str) -> str:
