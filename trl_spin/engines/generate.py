@@ -49,11 +49,8 @@ def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) ->
     return batches
 
 
-def _wrapped(number: int) -> int:
-    return number - 2**64  # the same 64 bits as a signed integer, which is what torch computes with
-
-
-_GAMMA, _MIX_1, _MIX_2 = map(_wrapped, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# As signed integers of the same 64 bits, which is what torch computes with
+_GAMMA, _MIX_1, _MIX_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def splitmix64(state: torch.Tensor) -> torch.Tensor:
