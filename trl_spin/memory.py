@@ -24,7 +24,6 @@ import psutil
 import torch
 import trl.trainer.utils
 from accelerate.utils.memory import clear_device_cache
-from torch import nn
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from .engines.base import enable_checkpointing
@@ -109,8 +108,10 @@ def plan_memory(
         "available": available_memory(accelerator.device),
     }
     room = _SAFE_SHARE * estimate["available"]
-    # In evaluation mode, nothing is checkpointed
-    layer = _layer_bytes(forward, model, pair)
+    # What one layer keeps for each token. In evaluation mode, nothing is checkpointed
+    short = {key: value[:_SHORT] if key.endswith("_ids") else value for key, value in pair.items()}
+    num_layers = model.config.get_text_config().num_hidden_layers
+    layer = _saved_bytes(forward, model, [short]) / sum(_lengths(short)) / num_layers
     if not checkpointing:
         with nullcontext() if checkpointing is False else suppress(torch.OutOfMemoryError):
             estimate["activations"] = _activation_bytes(forward, model, pair, size)
@@ -142,7 +143,7 @@ def _peak(estimate: dict[str, float], accumulation_steps: int) -> float:
     return estimate["weights"] + estimate["optimizer"] + batch
 
 
-def _activation_bytes(forward: Forward, model: nn.Module, pair: dict[str, Any], size: int) -> float:
+def _activation_bytes(forward: Forward, model: torch.nn.Module, pair: dict[str, Any], size: int) -> float:
     """What the forward pass keeps for the backward pass, measured with one pair and with two."""
     one = _saved_bytes(forward, model, [pair])
     # Not everything grows with the batch: autocast keeps weights in lower precision
@@ -150,14 +151,7 @@ def _activation_bytes(forward: Forward, model: nn.Module, pair: dict[str, Any], 
     return one + (size - 1) * further
 
 
-def _layer_bytes(forward: Forward, model: nn.Module, pair: dict[str, Any]) -> float:
-    """What one layer keeps for each token."""
-    short = {key: value[:_SHORT] if key.endswith("_ids") else value for key, value in pair.items()}
-    num_layers = model.config.get_text_config().num_hidden_layers
-    return _saved_bytes(forward, model, [short]) / sum(_lengths(short)) / num_layers
-
-
-def _head_bytes(model: nn.Module, pair: dict[str, Any], size: int, shares_prefix: bool) -> float:
+def _head_bytes(model: torch.nn.Module, pair: dict[str, Any], size: int, shares_prefix: bool) -> float:
     """Logits that TRL's fused head computes anew in the backward pass, and the gradient of its weight."""
     weight = model.get_output_embeddings().weight
     vocab, width = weight.shape
@@ -169,7 +163,7 @@ def _head_bytes(model: nn.Module, pair: dict[str, Any], size: int, shares_prefix
     return 4 * logits + 4 * vocab * width * weight.requires_grad
 
 
-def _cache_and_score_bytes(model: nn.Module, prompt: list[int], max_new_tokens: int) -> float:
+def _cache_and_score_bytes(model: torch.nn.Module, prompt: list[int], max_new_tokens: int) -> float:
     """What generation keeps for each token of a batch, beside what a layer computes for it."""
     outputs = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=True)
     layers = getattr(outputs.past_key_values, "layers", ())
@@ -187,7 +181,7 @@ def available_memory(device: torch.device) -> float:
     return backend.mem_get_info(device)[0] + backend.memory_reserved(device)
 
 
-def optimizer_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
+def optimizer_bytes(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> float:
     """
     Size of the optimizer's state: what a twin of it has for one matrix, times their number. Where the twin takes no step,
     as for Adam.
@@ -195,7 +189,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> float
     trained = [p for p in model.parameters() if p.requires_grad]
     num_bytes = sum(p.nbytes for p in trained)
     optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
-    probe = nn.Parameter(torch.zeros(128, 128, device=trained[0].device, dtype=trained[0].dtype))
+    probe = torch.nn.Parameter(torch.zeros(128, 128, device=trained[0].device, dtype=trained[0].dtype))
     probe.grad = torch.zeros_like(probe)
     # Not made by its class: some of what it was made with, as the number of bits, is not in its `defaults`
     twin = object.__new__(type(optimizer))
@@ -213,7 +207,7 @@ def _lengths(pair: dict[str, Any]) -> list[int]:
     return [len(pair[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
 
 
-def _saved_bytes(forward: Forward, model: nn.Module, pairs: list[dict[str, Any]]) -> float:
+def _saved_bytes(forward: Forward, model: torch.nn.Module, pairs: list[dict[str, Any]]) -> float:
     """What the forward pass over a batch keeps for the backward pass, beside the weights."""
     saved = {}
 

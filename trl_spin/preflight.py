@@ -24,12 +24,10 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from torch.nn import Parameter
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from .engines import Engine
-from .engines.base import forked_rng
+from .engines.base import Engine, forked_rng
 from .generation import make_pairs, score
 from .memory import MemoryPlan, plan_memory
 from .pairs import Game, as_preference
@@ -81,7 +79,9 @@ class PreflightCallback(TrainerCallback):
             engine.token_budget = memory.token_budget
         parameters = list(self.processes.accelerator.unwrap_model(self.trainer.model).parameters())
         trained = [p for p in parameters if p.requires_grad]
-        disk = estimate_disk(args, self.game, trained, memory, state.save_steps)
+        num_bytes = sum(_numel(p) * p.element_size() for p in trained)
+        optimizer = memory.estimate["optimizer"] if memory.estimate else 2 * num_bytes
+        disk = estimate_disk(args, self.game, num_bytes, optimizer, state.save_steps)
         if state.is_world_process_zero:
             run = {"args": args, "state": state, "game": self.game, "engine": self.engines[0]}
             tqdm.write(describe_plan(**run, parameters=parameters, trained=trained, memory=memory, disk=disk))
@@ -97,7 +97,8 @@ class PreflightCallback(TrainerCallback):
         Sends the longest and the shortest row through generation, scoring and the loss of a training step, with a few
         tokens, chooses the layout of the batches, and plans the memory. Random state and metrics are as before.
         """
-        trainer, game, model, columns = self.trainer, self.game, self.trainer.model_wrapped, self.game.train.columns
+        trainer, game, processes = self.trainer, self.game, self.processes
+        model, columns = trainer.model_wrapped, game.train.columns
         lengths = columns.lengths("prompt_ids") + columns.lengths("real_ids")
         longest, shortest = int(lengths.argmax()), int(lengths.argmin())
         rows = game.train.rows.select(sorted({longest, shortest}))
@@ -107,14 +108,23 @@ class PreflightCallback(TrainerCallback):
         def logps_of(pairs: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
             return trainer.compute_ref_log_probs(model, self.collate(pairs))
 
-        with forked_rng(self.processes.accelerator.device), torch.no_grad():
+        def forward(pairs: list[dict[str, Any]]) -> torch.Tensor:
+            return trainer.token_logps(trainer.model, self.collate(pairs))
+
+        with forked_rng(processes.accelerator.device), torch.no_grad():
             seeds, limit = list(range(len(rows))), min(args.max_completion_length, _TRIAL_TOKENS)
             completions = self.engines[0].complete(model, rows["prompt_ids"][:], seeds, limit, desc=None)
             pairs = make_pairs(rows, completions, game.rules, 0, held_out=False)
             model.eval()
             trainer.choose_layout(self.collate(map(as_preference, pairs)))
-            memory = self.plan_memory(args, columns[longest])
-            pairs = score(logps_of, replace(self.processes, quiet=True), pairs, "train", batch_size)
+            # With a completion of the full length
+            prompt, real = columns[longest]["prompt_ids"], columns[longest]["real_ids"]
+            length = min(args.max_completion_length, (game.rules.max_length or math.inf) - len(prompt))
+            pair = {"prompt_ids": prompt, "chosen_ids": real, "rejected_ids": (real * length)[:length], "played": True}
+            # A run that is resumed goes on in the same batches
+            budget = args.generation_token_budget or processes.on_main(recorded_token_budget, args.output_dir)
+            memory = plan_memory(trainer, forward, pair, processes, budget)
+            pairs = score(logps_of, replace(processes, quiet=True), pairs, "train", batch_size)
             game.iteration, game.at_start = 0, True
             model.train()
             trainer.compute_loss(model, self.collate(map(as_preference, pairs)))
@@ -123,35 +133,18 @@ class PreflightCallback(TrainerCallback):
         trainer._total_train_tokens = num_tokens
         return memory
 
-    def plan_memory(self, args: SPINConfig, row: dict[str, Any]) -> MemoryPlan:
-        """Plans the memory, with the longest row and a completion of the full length."""
-        trainer, prompt, real = self.trainer, row["prompt_ids"], row["real_ids"]
-
-        def forward(pairs: list[dict[str, Any]]) -> torch.Tensor:
-            return trainer.token_logps(trainer.model, self.collate(pairs))
-
-        length = min(args.max_completion_length, (self.game.rules.max_length or math.inf) - len(prompt))
-        pair = {"prompt_ids": prompt, "chosen_ids": real, "rejected_ids": (real * length)[:length], "played": True}
-        # A run that is resumed goes on in the same batches
-        budget = args.generation_token_budget or self.processes.on_main(recorded_token_budget, args.output_dir)
-        return plan_memory(trainer, forward, pair, self.processes, budget)
-
     def collate(self, pairs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """A batch as the trainer gets it."""
         return self.trainer._prepare_inputs(self.trainer.data_collator(list(pairs)))
 
 
-def estimate_disk(
-    args: SPINConfig, game: Game, trained: list[Parameter], memory: MemoryPlan, save_steps: int
-) -> dict[str, float]:
+def estimate_disk(args: SPINConfig, game: Game, model: float, optimizer: float, save_steps: int) -> dict[str, float]:
     """
     What a run writes, in bytes, at most. An iteration's model is saved as it is in memory, an adapter alone where there
-    is one. A checkpoint adds the optimizer.
+    is one: what is trained. A checkpoint adds the optimizer.
     """
     num_iterations, columns = args.num_self_play_iterations, game.train.columns
-    model = checkpoint = sum(_numel(p) * p.element_size() for p in trained)
-    if not args.save_only_model:
-        checkpoint += memory.estimate["optimizer"] if memory.estimate else 2 * model
+    checkpoint = model + (0 if args.save_only_model else optimizer)
     # Token ids of a pair, which Parquet packs to well under four bytes each
     tokens = int((columns.lengths("prompt_ids") + columns.lengths("real_ids") + args.max_completion_length).sum())
     pairs = 4 * tokens * (1 + args.opponent_history)
@@ -163,8 +156,8 @@ def estimate_disk(
         num_checkpoints = min(num_saves, (args.save_total_limit or math.inf) + 2)
     next_iteration = model + pairs + min(2, num_checkpoints) * checkpoint
     # The best iteration may be none: the model that self-play starts from is kept as well
-    models = (num_iterations + args.load_best_iteration_at_end) * model
-    whole_run = models + num_iterations * pairs + num_checkpoints * checkpoint
+    num_models = num_iterations + args.load_best_iteration_at_end
+    whole_run = num_models * model + num_iterations * pairs + num_checkpoints * checkpoint
     parts = {"model": model, "checkpoint": checkpoint, "num_checkpoints": num_checkpoints, "game": pairs}
     return parts | {"next_iteration": next_iteration, "whole_run": whole_run}
 
@@ -184,7 +177,7 @@ def _short(number: float) -> str:
     return f"{number:.3g}T"
 
 
-def _numel(parameter: Parameter) -> int:
+def _numel(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed ZeRO-3
 
 
@@ -202,7 +195,7 @@ def check_disk(output_dir: str, disk: dict[str, float]):
 
 
 @torch.no_grad()
-def warn_of_lost_updates(trained: list[Parameter], learning_rate: float):
+def warn_of_lost_updates(trained: list[torch.nn.Parameter], learning_rate: float):
     """
     Warns if the weights are trained in bfloat16 and the learning rate is so small that most updates round away. An
     Adam-like optimizer moves a weight by about the learning rate, and bfloat16 keeps a change of a weight w only if it is

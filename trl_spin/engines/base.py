@@ -44,9 +44,8 @@ Complete = Callable[[list[list[int]], list[int], int], list[list[int]] | None]
 def grpo_options(names: str) -> type:
     """A dataclass of options that have name, type, default and help of [`~trl.GRPOConfig`]."""
     options = [GRPOConfig.__dataclass_fields__[name] for name in names.split()]
-    return make_dataclass(
-        "Options", [(o.name, o.type, field(default=o.default, metadata=o.metadata)) for o in options]
-    )
+    own = [(o.name, o.type, field(default=o.default, metadata=o.metadata)) for o in options]
+    return make_dataclass("Options", own)
 
 
 # Options of all engines

@@ -71,10 +71,10 @@ class VLLM(Engine):
 
     @classmethod
     def refused(cls, args: Any) -> dict[str, str]:
-        names = [option.name for option in fields(cls.Options)]
-        server = [name for name in names if name.startswith(("vllm_server_", "vllm_group_port"))]
-        colocate = [name for name in names if name not in (*server, "use_vllm", "vllm_mode")]
-        others = colocate if args.vllm_mode == "server" else server
+        own = [option.name for option in fields(cls.Options) if option.name not in ("use_vllm", "vllm_mode")]
+        # Some are for a server, and all others for a model in the training processes
+        is_server = args.vllm_mode == "server"
+        others = [name for name in own if name.startswith(("vllm_server_", "vllm_group_port")) != is_server]
         return dict.fromkeys(others, f"to vLLM with `vllm_mode={args.vllm_mode!r}`")
 
     @classmethod
@@ -131,8 +131,7 @@ class VLLM(Engine):
 
         def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]]:
             nonlocal synced
-            share = [(len(prompts), seeds[0])]
-            shares = gather_object(share) if accelerator.num_processes > 1 else share
+            shares = gather_object([(len(prompts), seeds[0])])
             with forked_rng(accelerator.device), explain_out_of_memory("generation", _OUT_OF_MEMORY):
                 if not synced or args.vllm_enable_sleep_mode:  # asleep, it has lost its weights
                     with unchanged_base_weights(vllm.model):
