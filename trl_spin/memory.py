@@ -111,7 +111,7 @@ def plan_memory(
     # What one layer keeps for each token. In evaluation mode, nothing is checkpointed
     short = {key: value[:_SHORT] if key.endswith("_ids") else value for key, value in pair.items()}
     num_layers = model.config.get_text_config().num_hidden_layers
-    layer = _saved_bytes(forward, model, [short]) / sum(_lengths(short)) / num_layers
+    layer_bytes = _saved_bytes(forward, model, [short]) / sum(_lengths(short)) / num_layers
     if not checkpointing:
         with nullcontext() if checkpointing is False else suppress(torch.OutOfMemoryError):
             estimate["activations"] = _activation_bytes(forward, model, pair, size)
@@ -123,12 +123,18 @@ def plan_memory(
         model.train()
         estimate["activations"] = _activation_bytes(forward, model, pair, size)
         model.eval()
-        estimate["temporary"] = max(estimate["temporary"], size * sum(_lengths(pair)) * layer)
+        estimate["temporary"] = max(estimate["temporary"], size * sum(_lengths(pair)) * layer_bytes)
     estimate["peak"] = _peak(estimate, args.gradient_accumulation_steps)
 
     if token_budget is None:
+        prompt = torch.tensor([pair["prompt_ids"][:_LONG]], device=accelerator.device)
         with torch.no_grad(), accelerator.autocast():
-            per_token = layer + _cache_and_score_bytes(model, pair["prompt_ids"][:_LONG], args.max_completion_length)
+            outputs = model(input_ids=prompt, use_cache=True)
+        layers = getattr(outputs.past_key_values, "layers", ())
+        cache = sum(t.nbytes for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
+        # A cache that grows is copied now and then. The prompt goes through the layers at once. And each row has scores
+        scores = _SCORES * 4 * outputs.logits.size(-1) / args.max_completion_length
+        per_token = 1.5 * cache / prompt.size(1) + layer_bytes + scores
         tokens = processes.smallest((room - estimate["weights"] - estimate["optimizer"]) / per_token)
         largest = DEFAULT_BUDGET if accelerator.device.type == "cpu" else _LARGEST_BUDGET
         token_budget = max(1, min(largest, int(tokens)))
@@ -154,22 +160,12 @@ def _activation_bytes(forward: Forward, model: torch.nn.Module, pair: dict[str, 
 def _head_bytes(model: torch.nn.Module, pair: dict[str, Any], size: int, shares_prefix: bool) -> float:
     """Logits that TRL's fused head computes anew in the backward pass, and the gradient of its weight."""
     weight = model.get_output_embeddings().weight
-    vocab, width = weight.shape
     prompt, real, generated = _lengths(pair)
     triton, chunk = trl.trainer.utils._use_triton(weight.device), trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
     # Without Triton, DPOTrainer's layout has every position scored
     scored = real + generated if triton or shares_prefix else 2 * (prompt + max(real, generated))
-    logits = min(size * scored, TOKEN_CHUNK_SIZE) * (chunk if triton else _HEAD_TILES * min(vocab, chunk))
-    return 4 * logits + 4 * vocab * width * weight.requires_grad
-
-
-def _cache_and_score_bytes(model: torch.nn.Module, prompt: list[int], max_new_tokens: int) -> float:
-    """What generation keeps for each token of a batch, beside what a layer computes for it."""
-    outputs = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=True)
-    layers = getattr(outputs.past_key_values, "layers", ())
-    cache = sum(t.nbytes for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
-    # A cache that grows is copied now and then. And each row has scores
-    return 1.5 * cache / len(prompt) + _SCORES * 4 * outputs.logits.size(-1) / max_new_tokens
+    logits = min(size * scored, TOKEN_CHUNK_SIZE) * (chunk if triton else _HEAD_TILES * min(len(weight), chunk))
+    return 4 * logits + 4 * weight.numel() * weight.requires_grad
 
 
 def available_memory(device: torch.device) -> float:

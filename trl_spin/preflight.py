@@ -148,12 +148,11 @@ def estimate_disk(args: SPINConfig, game: Game, model: float, optimizer: float, 
     # Token ids of a pair, which Parquet packs to well under four bytes each
     tokens = int((columns.lengths("prompt_ids") + columns.lengths("real_ids") + args.max_completion_length).sum())
     pairs = 4 * tokens * (1 + args.opponent_history)
-    num_checkpoints = 0
-    if args.save_strategy != "no":
-        num_epochs, num_steps = sum(game.schedule.num_epochs), game.schedule.starts[-1]
-        num_saves = num_iterations + (num_steps // save_steps if args.save_strategy == "steps" else num_epochs)
-        # The newest ones, the one at which the iteration began, and the one that is being written
-        num_checkpoints = min(num_saves, (args.save_total_limit or math.inf) + 2)
+    num_epochs, num_steps = sum(game.schedule.num_epochs), game.schedule.starts[-1]
+    num_saves = num_iterations + (num_steps // save_steps if args.save_strategy == "steps" else num_epochs)
+    # The newest ones, the one at which the iteration began, and the one that is being written
+    most = min(num_saves, (args.save_total_limit or math.inf) + 2)
+    num_checkpoints = 0 if args.save_strategy == "no" else most
     next_iteration = model + pairs + min(2, num_checkpoints) * checkpoint
     # The best iteration may be none: the model that self-play starts from is kept as well
     num_models = num_iterations + args.load_best_iteration_at_end

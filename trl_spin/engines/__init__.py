@@ -14,10 +14,10 @@
 
 """What completes the prompts, token ids in, token ids out. One file per engine: its options, its checks, its line in the plan."""
 
-from .base import ENGINES as ENGINES
-from .base import Engine as Engine
-from .base import SamplingOptions as SamplingOptions
-from .base import chosen_engine as chosen_engine
-from .continuous_batching import ContinuousBatching as ContinuousBatching
-from .generate import Generate as Generate
-from .vllm import VLLM as VLLM
+from .base import ENGINES, Engine, SamplingOptions, chosen_engine
+from .continuous_batching import ContinuousBatching
+from .generate import Generate
+from .vllm import VLLM
+
+
+__all__ = ["ENGINES", "VLLM", "ContinuousBatching", "Engine", "Generate", "SamplingOptions", "chosen_engine"]

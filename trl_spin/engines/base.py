@@ -165,10 +165,9 @@ def chosen_engine(args: Any) -> type[Engine]:
         raise ValueError(f"`{engine.flag}` and `{more[0].flag}` are both set, but one engine generates: set one.")
     # An option that has no effect would be taken for one that has
     where = f"to the engine that generates ({engine.name!r})"
-    others = [other for other in ENGINES.values() if other is not engine]
-    refused = {option.name: where for other in others for option in fields(other.Options)} | engine.refused(args)
+    refused = {o.name: where for other in ENGINES.values() if other is not engine for o in fields(other.Options)}
     options = type(args).__dataclass_fields__
-    for name, where in refused.items():
+    for name, where in (refused | engine.refused(args)).items():
         if name in options and getattr(args, name) != options[name].default:
             raise ValueError(f"`{name}={getattr(args, name)!r}` means nothing {where}. Leave it unset.")
     if reserved := sorted((args.generation_kwargs or {}).keys() & engine.reserved):
@@ -200,8 +199,7 @@ def ready_to_generate(
 ) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedModel]]:
     """The unwrapped model in evaluation mode, and the one inside its adapter, which has no generation config."""
     was_training, was_checkpointing = model.training, accelerator.unwrap_model(model).is_gradient_checkpointing
-    gather = args.ds3_gather_for_generation
-    unwrapped = unwrap_model_for_generation(model, accelerator, gather_deepspeed3_params=gather)
+    unwrapped = unwrap_model_for_generation(model, accelerator, args.ds3_gather_for_generation)
     all_weights = DistributedBackend(accelerator).summon_full_params(model, recurse=False)
     with unwrapped as unwrapped_model, all_weights:
         unwrapped_model.eval()

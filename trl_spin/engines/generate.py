@@ -32,8 +32,7 @@ def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) ->
     Groups rows of similar length, the longest first so that running out of memory happens at once. `max_size` is the
     number of rows in a batch whose longest row has the given length.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches = []
+    order, batches = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)), []
     while order:
         size = max(1, max_size(lengths[order[0]]))
         batches.append(order[:size])
@@ -120,16 +119,10 @@ class Generate(Engine):
     def open(self, model: torch.nn.Module) -> Iterator[Complete]:
         args, stop, pad_token_id = self.args, self.processes.stop, self.rules.tokenizer.pad_token_id
         # The config is complete: the model's own sampling settings (a temperature of 0.6, say) would make the completions
-        # come from another distribution than p_θ
-        options = {
-            "do_sample": False,  # `SampleByRow` turns the argmax into a sample
-            "repetition_penalty": args.repetition_penalty,
-            "cache_implementation": args.cache_implementation,
-            "use_cache": True,
-            "eos_token_id": self.rules.end_token_ids,
-            "pad_token_id": pad_token_id,
-            **(args.generation_kwargs or {}),
-        }
+        # come from another distribution than p_θ. `SampleByRow` turns the argmax into a sample
+        options = {"do_sample": False, "repetition_penalty": args.repetition_penalty, "use_cache": True}
+        options |= {"eos_token_id": self.rules.end_token_ids, "pad_token_id": pad_token_id}
+        options |= {"cache_implementation": args.cache_implementation} | (args.generation_kwargs or {})
 
         def stopped(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
             return torch.full((len(input_ids),), stop.signum != 0, device=input_ids.device)
