@@ -93,7 +93,7 @@ def measure(case: str, output_dir: str):
     trainer.train()
     assert all(trainer.game.train.pairs[0]["truncated"])
     weights = sum(p.nbytes for p in trainer.model.parameters())
-    result = {"estimated": plans[0].estimate.peak, "measured": peak.peak - before + weights}
+    result = {"estimated": plans[0].estimate["peak"], "measured": peak.peak - before + weights}
     Path(output_dir, "result.json").write_text(json.dumps(result))
 
 

@@ -24,15 +24,13 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from torch.nn import Parameter
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from .engines import Engine
-from .engines.base import forked_rng
+from .engines.base import Engine, forked_rng
 from .generation import make_pairs, score
-from .memory import Batch, MemoryPlan, plan_memory, plan_spread_memory
-from .pairs import Columns, Game, as_preference
+from .memory import MemoryPlan, plan_memory
+from .pairs import Game, as_preference
 from .run.files import existing
 from .run.processes import Processes
 from .run.resume import recorded_token_budget, write_run
@@ -81,12 +79,12 @@ class PreflightCallback(TrainerCallback):
             engine.token_budget = memory.token_budget
         parameters = list(self.processes.accelerator.unwrap_model(self.trainer.model).parameters())
         trained = [p for p in parameters if p.requires_grad]
-        columns = Columns(self.game.train.rows)
-        disk = estimate_disk(args, self.game, columns, trained, memory, state.save_steps)
+        num_bytes = sum(_numel(p) * p.element_size() for p in trained)
+        optimizer = memory.estimate["optimizer"] if memory.estimate else 2 * num_bytes
+        disk = estimate_disk(args, self.game, num_bytes, optimizer, state.save_steps)
         if state.is_world_process_zero:
-            model = {"parameters": parameters, "trained": trained, "memory": memory, "disk": disk}
-            run = {"args": args, "state": state, "game": self.game, "columns": columns, "engine": self.engines[0]}
-            tqdm.write(describe_plan(**model, **run))
+            run = {"args": args, "state": state, "game": self.game, "engine": self.engines[0]}
+            tqdm.write(describe_plan(**run, parameters=parameters, trained=trained, memory=memory, disk=disk))
         self.processes.on_main(check_disk, args.output_dir, disk)
         if not self.trainer.is_deepspeed_enabled:  # which keeps weights in float32 beside them
             warn_of_lost_updates(trained, max(args.per_iteration("learning_rate")))
@@ -99,16 +97,19 @@ class PreflightCallback(TrainerCallback):
         Sends the longest and the shortest row through generation, scoring and the loss of a training step, with a few
         tokens, chooses the layout of the batches, and plans the memory. Random state and metrics are as before.
         """
-        trainer, game, processes = self.trainer, self.game, replace(self.processes, quiet=True)
-        model, rows, columns = trainer.model_wrapped, game.train.rows, Columns(game.train.rows)
+        trainer, game, processes = self.trainer, self.game, self.processes
+        model, columns = trainer.model_wrapped, game.train.columns
         lengths = columns.lengths("prompt_ids") + columns.lengths("real_ids")
         longest, shortest = int(lengths.argmax()), int(lengths.argmin())
-        rows = rows.select(sorted({longest, shortest}))
+        rows = game.train.rows.select(sorted({longest, shortest}))
         num_tokens, training = trainer._total_train_tokens, model.training
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
 
         def logps_of(pairs: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
             return trainer.compute_ref_log_probs(model, self.collate(pairs))
+
+        def forward(pairs: list[dict[str, Any]]) -> torch.Tensor:
+            return trainer.token_logps(trainer.model, self.collate(pairs))
 
         with forked_rng(processes.accelerator.device), torch.no_grad():
             seeds, limit = list(range(len(rows))), min(args.max_completion_length, _TRIAL_TOKENS)
@@ -116,8 +117,14 @@ class PreflightCallback(TrainerCallback):
             pairs = make_pairs(rows, completions, game.rules, 0, held_out=False)
             model.eval()
             trainer.choose_layout(self.collate(map(as_preference, pairs)))
-            memory = self.plan_memory(args, columns[longest])
-            pairs = score(logps_of, processes, pairs, "train", batch_size)
+            # With a completion of the full length
+            prompt, real = columns[longest]["prompt_ids"], columns[longest]["real_ids"]
+            length = min(args.max_completion_length, (game.rules.max_length or math.inf) - len(prompt))
+            pair = {"prompt_ids": prompt, "chosen_ids": real, "rejected_ids": (real * length)[:length], "played": True}
+            # A run that is resumed goes on in the same batches
+            budget = args.generation_token_budget or processes.on_main(recorded_token_budget, args.output_dir)
+            memory = plan_memory(trainer, forward, pair, processes, budget)
+            pairs = score(logps_of, replace(processes, quiet=True), pairs, "train", batch_size)
             game.iteration, game.at_start = 0, True
             model.train()
             trainer.compute_loss(model, self.collate(map(as_preference, pairs)))
@@ -126,65 +133,32 @@ class PreflightCallback(TrainerCallback):
         trainer._total_train_tokens = num_tokens
         return memory
 
-    def plan_memory(self, args: SPINConfig, row: dict[str, Any]) -> MemoryPlan:
-        """Plans the memory, with the longest row and a completion of the full length."""
-        trainer, processes = self.trainer, self.processes
-        # A run that is resumed goes on in the same batches
-        budget = args.generation_token_budget or processes.on_main(recorded_token_budget, args.output_dir)
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.is_model_parallel:
-            return plan_spread_memory(trainer.model, args, processes, budget)
-
-        def forward(pairs: list[dict[str, Any]]) -> torch.Tensor:
-            return trainer.token_logps(trainer.model, self.collate(pairs))
-
-        prompt, real = row["prompt_ids"], row["real_ids"]
-        length = min(args.max_completion_length, (self.game.rules.max_length or math.inf) - len(prompt))
-        pair = {"prompt_ids": prompt, "chosen_ids": real, "rejected_ids": (real * length)[:length], "played": True}
-        batch = Batch(forward, trainer.model, pair, args.per_device_train_batch_size, bool(trainer.shares_prefix))
-        return plan_memory(batch, trainer.optimizer, args, processes, budget)
-
     def collate(self, pairs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """A batch as the trainer gets it."""
         return self.trainer._prepare_inputs(self.trainer.data_collator(list(pairs)))
 
 
-@dataclass(frozen=True)
-class DiskEstimate:
-    """What a run writes, in bytes, at most."""
-
-    model: float
-    checkpoint: float
-    num_checkpoints: int
-    game: float
-    next_iteration: float
-    whole_run: float
-
-
-def estimate_disk(
-    args: SPINConfig, game: Game, columns: Columns, trained: list[Parameter], memory: MemoryPlan, save_steps: int
-) -> DiskEstimate:
+def estimate_disk(args: SPINConfig, game: Game, model: float, optimizer: float, save_steps: int) -> dict[str, float]:
     """
-    What a run writes. An iteration's model is saved as it is in memory, an adapter alone where there is one. A
-    checkpoint adds the optimizer.
+    What a run writes, in bytes, at most. An iteration's model is saved as it is in memory, an adapter alone where there
+    is one: what is trained. A checkpoint adds the optimizer.
     """
-    num_iterations = args.num_self_play_iterations
-    model = checkpoint = sum(_numel(p) * p.element_size() for p in trained)
-    if not args.save_only_model:
-        checkpoint += memory.estimate.optimizer if memory.estimate else 2 * model
+    num_iterations, columns = args.num_self_play_iterations, game.train.columns
+    checkpoint = model + (0 if args.save_only_model else optimizer)
     # Token ids of a pair, which Parquet packs to well under four bytes each
     tokens = int((columns.lengths("prompt_ids") + columns.lengths("real_ids") + args.max_completion_length).sum())
     pairs = 4 * tokens * (1 + args.opponent_history)
-    num_checkpoints = 0
-    if args.save_strategy != "no":
-        num_epochs, num_steps = sum(game.schedule.num_epochs), game.schedule.starts[-1]
-        num_saves = num_iterations + (num_steps // save_steps if args.save_strategy == "steps" else num_epochs)
-        # The newest ones, the one at which the iteration began, and the one that is being written
-        num_checkpoints = min(num_saves, (args.save_total_limit or math.inf) + 2)
+    num_epochs, num_steps = sum(game.schedule.num_epochs), game.schedule.starts[-1]
+    num_saves = num_iterations + (num_steps // save_steps if args.save_strategy == "steps" else num_epochs)
+    # The newest ones, the one at which the iteration began, and the one that is being written
+    most = min(num_saves, (args.save_total_limit or math.inf) + 2)
+    num_checkpoints = 0 if args.save_strategy == "no" else most
     next_iteration = model + pairs + min(2, num_checkpoints) * checkpoint
     # The best iteration may be none: the model that self-play starts from is kept as well
-    models = (num_iterations + args.load_best_iteration_at_end) * model
-    whole_run = models + num_iterations * pairs + num_checkpoints * checkpoint
-    return DiskEstimate(model, checkpoint, num_checkpoints, pairs, next_iteration, whole_run)
+    num_models = num_iterations + args.load_best_iteration_at_end
+    whole_run = num_models * model + num_iterations * pairs + num_checkpoints * checkpoint
+    parts = {"model": model, "checkpoint": checkpoint, "num_checkpoints": num_checkpoints, "game": pairs}
+    return parts | {"next_iteration": next_iteration, "whole_run": whole_run}
 
 
 def describe_plan(**facts: Any) -> str:
@@ -202,25 +176,25 @@ def _short(number: float) -> str:
     return f"{number:.3g}T"
 
 
-def _numel(parameter: Parameter) -> int:
+def _numel(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed ZeRO-3
 
 
-def check_disk(output_dir: str, disk: DiskEstimate):
+def check_disk(output_dir: str, disk: dict[str, float]):
     """Raises a `ValueError` if not even the next iteration fits the disk."""
     free = shutil.disk_usage(existing(Path(output_dir))).free
     finding = f"`output_dir` ({output_dir}) has {_short(free)}B of free space, but the"
-    if free < disk.next_iteration:
+    if free < disk["next_iteration"]:
         raise ValueError(
-            f"{finding} next iteration may need {_short(disk.next_iteration)}B. Make room, choose another `output_dir`, or "
+            f"{finding} next iteration may need {_short(disk['next_iteration'])}B. Make room, choose another `output_dir`, or "
             "save less (`save_only_model`, `save_strategy='no'`)."
         )
-    if free < disk.whole_run:
-        logger.warning(f"{finding} whole run may need {_short(disk.whole_run)}B.")
+    if free < disk["whole_run"]:
+        logger.warning(f"{finding} whole run may need {_short(disk['whole_run'])}B.")
 
 
 @torch.no_grad()
-def warn_of_lost_updates(trained: list[Parameter], learning_rate: float):
+def warn_of_lost_updates(trained: list[torch.nn.Parameter], learning_rate: float):
     """
     Warns if the weights are trained in bfloat16 and the learning rate is so small that most updates round away. An
     Adam-like optimizer moves a weight by about the learning rate, and bfloat16 keeps a change of a weight w only if it is

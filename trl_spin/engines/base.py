@@ -44,9 +44,8 @@ Complete = Callable[[list[list[int]], list[int], int], list[list[int]] | None]
 def grpo_options(names: str) -> type:
     """A dataclass of options that have name, type, default and help of [`~trl.GRPOConfig`]."""
     options = [GRPOConfig.__dataclass_fields__[name] for name in names.split()]
-    return make_dataclass(
-        "Options", [(o.name, o.type, field(default=o.default, metadata=o.metadata)) for o in options]
-    )
+    own = [(o.name, o.type, field(default=o.default, metadata=o.metadata)) for o in options]
+    return make_dataclass("Options", own)
 
 
 # Options of all engines
@@ -145,8 +144,7 @@ class Engine:
                     return None
                 return [self.rules.finish(prompts[i], ids, limits[i]) for i, ids in zip(batch, generated, strict=True)]
 
-            batches = self.batches(prompts, max_new_tokens)
-            completions = self.processes.map(batches, complete_batch, desc, done, commit)
+            completions = self.processes.map(self.batches(prompts, max_new_tokens), complete_batch, desc, done, commit)
         clear_device_cache()
         return completions
 
@@ -162,16 +160,14 @@ class Engine:
 def chosen_engine(args: Any) -> type[Engine]:
     """The engine that the options choose. Raises a `ValueError` if they choose two, or set what it cannot honour."""
     chosen = [engine for engine in ENGINES.values() if engine.flag and getattr(args, engine.flag, False)]
-    if len(chosen) > 1:
-        flags = " and ".join(f"`{engine.flag}`" for engine in chosen)
-        raise ValueError(f"{flags} are both set, but one engine generates: set one.")
-    engine = chosen[0] if chosen else ENGINES["generate"]
+    engine, *more = chosen or [ENGINES["generate"]]
+    if more:
+        raise ValueError(f"`{engine.flag}` and `{more[0].flag}` are both set, but one engine generates: set one.")
     # An option that has no effect would be taken for one that has
     where = f"to the engine that generates ({engine.name!r})"
-    others = [other for other in ENGINES.values() if other is not engine]
-    refused = {option.name: where for other in others for option in fields(other.Options)} | engine.refused(args)
+    refused = {o.name: where for other in ENGINES.values() if other is not engine for o in fields(other.Options)}
     options = type(args).__dataclass_fields__
-    for name, where in refused.items():
+    for name, where in (refused | engine.refused(args)).items():
         if name in options and getattr(args, name) != options[name].default:
             raise ValueError(f"`{name}={getattr(args, name)!r}` means nothing {where}. Leave it unset.")
     if reserved := sorted((args.generation_kwargs or {}).keys() & engine.reserved):
@@ -203,9 +199,7 @@ def ready_to_generate(
 ) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedModel]]:
     """The unwrapped model in evaluation mode, and the one inside its adapter, which has no generation config."""
     was_training, was_checkpointing = model.training, accelerator.unwrap_model(model).is_gradient_checkpointing
-    unwrapped = unwrap_model_for_generation(
-        model, accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation
-    )
+    unwrapped = unwrap_model_for_generation(model, accelerator, args.ds3_gather_for_generation)
     all_weights = DistributedBackend(accelerator).summon_full_params(model, recurse=False)
     with unwrapped as unwrapped_model, all_weights:
         unwrapped_model.eval()

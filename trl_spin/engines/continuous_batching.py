@@ -39,14 +39,9 @@ def _weights_in_autocast_dtype(model: torch.nn.Module, accelerator: Accelerator)
     # get cast copies of their weights, which autocast would make as well, in place of the weights. The weights
     # themselves stay as they are: an assignment to their `data` would lose the hooks that DDP has on their gradients
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    weights = [
-        (module, name, weight)
-        for module in model.modules()
-        for name, weight in module.named_parameters(recurse=False)
-        if dtype is not None and weight.dtype == torch.float32
-    ]
-    shared = {weight for _, _, weight in weights}
-    copies = {weight: torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False) for weight in shared}
+    cast = [weight for weight in model.parameters() if dtype is not None and weight.dtype == torch.float32]
+    copies = {weight: torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False) for weight in cast}
+    weights = [(m, name, w) for m in model.modules() for name, w in m.named_parameters(recurse=False) if w in copies]
     try:
         for module, name, weight in weights:
             setattr(module, name, copies[weight])
@@ -111,11 +106,10 @@ class ContinuousBatching(Engine):
                 if errors or len(outputs) < len(prompts):
                     failed = len(prompts) - len(outputs) + len(errors)
                     raise ValueError(
-                        f"Continuous batching failed on {failed} of {len(prompts)} prompts: {(errors or ['missing'])[0]}. If "
-                        "memory is the matter, set `num_blocks`, `max_batch_tokens`, `max_requests_per_batch` or "
-                        "`max_memory_percent` in `transformers_continuous_batching_config` "
-                        f"({args.transformers_continuous_batching_config}). Or leave "
-                        "`use_transformers_continuous_batching` unset, here and on resume."
+                        f"Continuous batching failed on {failed} of {len(prompts)} prompts: {(errors or ['missing'])[0]}. If memory "
+                        "is the matter, set `num_blocks`, `max_batch_tokens`, `max_requests_per_batch` or `max_memory_percent` "
+                        f"in `transformers_continuous_batching_config` ({args.transformers_continuous_batching_config}). Or "
+                        "leave `use_transformers_continuous_batching` unset, here and on resume."
                     )
                 return [output.generated_tokens for output in outputs.values()]
 

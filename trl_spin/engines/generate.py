@@ -19,16 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from trl.trainer.utils import pad
 
 from ..run.processes import explain_out_of_memory
@@ -40,8 +32,7 @@ def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) ->
     Groups rows of similar length, the longest first so that running out of memory happens at once. `max_size` is the
     number of rows in a batch whose longest row has the given length.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches = []
+    order, batches = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)), []
     while order:
         size = max(1, max_size(lengths[order[0]]))
         batches.append(order[:size])
@@ -49,11 +40,8 @@ def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) ->
     return batches
 
 
-def _wrapped(number: int) -> int:
-    return number - 2**64  # the same 64 bits as a signed integer, which is what torch computes with
-
-
-_GAMMA, _MIX_1, _MIX_2 = map(_wrapped, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# As signed integers of the same 64 bits, which is what torch computes with
+_GAMMA, _MIX_1, _MIX_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def splitmix64(state: torch.Tensor) -> torch.Tensor:
@@ -131,16 +119,10 @@ class Generate(Engine):
     def open(self, model: torch.nn.Module) -> Iterator[Complete]:
         args, stop, pad_token_id = self.args, self.processes.stop, self.rules.tokenizer.pad_token_id
         # The config is complete: the model's own sampling settings (a temperature of 0.6, say) would make the completions
-        # come from another distribution than p_θ
-        options = {
-            "do_sample": False,  # `SampleByRow` turns the argmax into a sample
-            "repetition_penalty": args.repetition_penalty,
-            "cache_implementation": args.cache_implementation,
-            "use_cache": True,
-            "eos_token_id": self.rules.end_token_ids,
-            "pad_token_id": pad_token_id,
-            **(args.generation_kwargs or {}),
-        }
+        # come from another distribution than p_θ. `SampleByRow` turns the argmax into a sample
+        options = {"do_sample": False, "repetition_penalty": args.repetition_penalty, "use_cache": True}
+        options |= {"eos_token_id": self.rules.end_token_ids, "pad_token_id": pad_token_id}
+        options |= {"cache_implementation": args.cache_implementation} | (args.generation_kwargs or {})
 
         def stopped(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
             return torch.full((len(input_ids),), stop.signum != 0, device=input_ids.device)

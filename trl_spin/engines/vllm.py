@@ -71,19 +71,17 @@ class VLLM(Engine):
 
     @classmethod
     def refused(cls, args: Any) -> dict[str, str]:
-        names = [option.name for option in fields(cls.Options)]
-        server = [name for name in names if name.startswith(("vllm_server_", "vllm_group_port"))]
-        colocate = [name for name in names if name not in (*server, "use_vllm", "vllm_mode")]
-        others = colocate if args.vllm_mode == "server" else server
+        own = [option.name for option in fields(cls.Options) if option.name not in ("use_vllm", "vllm_mode")]
+        # Some are for a server, and all others for a model in the training processes
+        is_server = args.vllm_mode == "server"
+        others = [name for name in own if name.startswith(("vllm_server_", "vllm_group_port")) != is_server]
         return dict.fromkeys(others, f"to vLLM with `vllm_mode={args.vllm_mode!r}`")
 
     @classmethod
     def check(cls, args: Any, model: str | PreTrainedModel | PeftModel | None = None):
         if args.vllm_mode not in ("colocate", "server"):
             raise ValueError(f"`vllm_mode` must be 'colocate' or 'server', got {args.vllm_mode!r}.")
-        if model is None:
-            return
-        if not is_vllm_available():
+        if model is not None and not is_vllm_available():
             raise ImportError("`use_vllm=True` needs vLLM: `pip install trl-spin[vllm]`, or leave `use_vllm` unset.")
         if getattr(model, "is_quantized", False):
             raise ValueError(
@@ -91,7 +89,7 @@ class VLLM(Engine):
                 "into quantized weights, is rounded, and the opponent would not be the reference. Leave `use_vllm` unset, "
                 "or set `use_transformers_continuous_batching`."
             )
-        if args.vllm_mode == "colocate" and not isinstance(model, str) and not model.name_or_path:
+        if args.vllm_mode == "colocate" and not getattr(model, "name_or_path", "loaded by name"):
             raise ValueError(
                 "vLLM builds its model from files, and this model was loaded from none (its `name_or_path` is empty). Save "
                 "it with `save_pretrained`, its tokenizer too, and pass the path instead."
@@ -107,16 +105,10 @@ class VLLM(Engine):
         options = {name.removeprefix("vllm_"): getattr(args, name) for name in own + shared}
         options["max_model_length"] = args.vllm_max_model_length or self.rules.max_length
         # A completion ends at our end tokens and nowhere else, whatever the model's own config says
-        ends = {"ignore_eos": True, "stop_token_ids": self.rules.end_token_ids}
-        return VLLMGeneration(
-            model=model,
-            accelerator=self.accelerator,
-            processing_class=self.rules.tokenizer,
-            logprobs=None,  # the trainer scores the completions itself: vLLM's numbers are off by more than λ allows
-            min_p=args.min_p or 0.0,
-            generation_kwargs=(args.generation_kwargs or {}) | ends,
-            **options,
-        )
+        sampling = (args.generation_kwargs or {}) | {"ignore_eos": True, "stop_token_ids": self.rules.end_token_ids}
+        # The trainer scores the completions itself: vLLM's log-probs are off by more than λ allows
+        options |= {"generation_kwargs": sampling, "min_p": args.min_p or 0.0, "logprobs": None}
+        return VLLMGeneration(model, accelerator=self.accelerator, processing_class=self.rules.tokenizer, **options)
 
     @contextmanager
     def open(self, model: torch.nn.Module) -> Iterator[Complete]:
@@ -131,8 +123,7 @@ class VLLM(Engine):
 
         def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]]:
             nonlocal synced
-            share = [(len(prompts), seeds[0])]
-            shares = gather_object(share) if accelerator.num_processes > 1 else share
+            shares = gather_object([(len(prompts), seeds[0])])
             with forked_rng(accelerator.device), explain_out_of_memory("generation", _OUT_OF_MEMORY):
                 if not synced or args.vllm_enable_sleep_mode:  # asleep, it has lost its weights
                     with unchanged_base_weights(vllm.model):
