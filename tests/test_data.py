@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_spin import SPINTrainer
-from trl_spin.data import RowReader, prepare_dataset
+from trl_spin.data import RowReader
 from trl_spin.pairs import PAIR_FEATURES, Rules
 from trl_spin.run.games import load_game, store_game
 
@@ -61,7 +61,7 @@ def prepare(dataset, tokenizer, max_length=512, name="train", **kwargs):
     dataset = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
     reader = RowReader.of(dataset, name, tokenizer, make_args("unused", **kwargs))
     end_token_ids = reader.find_end_token_ids(dataset[0], [])
-    return prepare_dataset(dataset, reader, Rules(tokenizer, end_token_ids, max_length, "keep", False, False))
+    return reader.prepare(dataset, Rules(tokenizer, end_token_ids, max_length, "keep", False, False))
 
 
 def decode(tokenizer, row):
