@@ -19,7 +19,6 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,41 +112,28 @@ def hold_out(
     return eval_dataset, subsets
 
 
-@dataclass(frozen=True)
 class RowReader:
     """
     Reads the rows of a dataset: texts or conversations, with prompt and real completion in one column or in two.
 
     Args:
+        dataset ([`~datasets.Dataset`]):
+            Dataset, which the reader does not keep: its columns tell the format.
         name (`str`):
             Name of the dataset in messages.
-        prompt_column (`str` or `None`):
-            Column of the prompts. `None` if they are part of the conversations in the other column.
-        completion_column (`str`):
-            Column of the real completions.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer, with a chat template if the rows are conversations.
-        first_turn_only (`bool`):
-            See [`SPINConfig`].
-        chat_template_kwargs (`dict[str, Any]`):
-            Arguments of the chat template. Those of a row take precedence.
+        args ([`SPINConfig`]):
+            Names of the columns, if they are not known ones, `first_turn_only`, and `chat_template_kwargs`, over which
+            those of a row take precedence.
+
+    Raises:
+        `ValueError`: If the columns are of no format; the message says what to do.
     """
 
-    name: str
-    prompt_column: str | None
-    completion_column: str
-    tokenizer: PreTrainedTokenizerBase
-    first_turn_only: bool
-    chat_template_kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: SPINConfig) -> "RowReader":
-        """
-        The reader for a dataset, by the columns that the options name or that are known.
-
-        Raises:
-            `ValueError`: If there are no such columns; the message says what to do.
-        """
+    def __init__(self, dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: SPINConfig):
+        self.name, self.tokenizer, self.first_turn_only = name, tokenizer, args.first_turn_only
+        self.chat_template_kwargs = args.chat_template_kwargs or {}
         columns = dataset.column_names
         if {"image", "images"} & set(columns):
             raise ValueError(f"The {name} dataset has an image column, but only text is played: remove it.")
@@ -163,11 +149,10 @@ class RowReader:
                 "and `completion`, `chosen`, `real`, or `conversations`. Name the columns with `messages_column`, or "
                 "`prompt_column` and `completion_column`. A `text` column must be split where the prompt ends."
             )
-        prompt_column, completion_column, ignored = formats[0]
+        # Without a column of their own, prompts are part of the conversations in the other one
+        self.prompt_column, self.completion_column, ignored = formats[0]
         if ignored is not None:
-            logger.warning_once(f"Of the {name} dataset, `{completion_column}` is used, and `{ignored}` is ignored.")
-        template_kwargs = args.chat_template_kwargs or {}
-        return cls(name, prompt_column, completion_column, tokenizer, args.first_turn_only, template_kwargs)
+            logger.warning_once(f"`{ignored}` is ignored: the {name} dataset has `{self.completion_column}`.")
 
     def make_rules(self, row: dict[str, Any], model: PreTrainedModel, args: SPINConfig, play_identical: bool) -> Rules:
         """What makes a pair of a completion: with the end tokens of model and chat template, and the model's context."""

@@ -84,9 +84,8 @@ def forward_shared(
     label_mask = inputs["labels"][:, 1:] != -100
     with _head_on_labels_only():
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"} | rows)
-    per_token = {name: outputs[name] for name in _PER_TOKEN_OUTPUTS if outputs.get(name) is not None}
-    padded = {name: value.repeat(2, 1).gather(1, index) for name, value in per_token.items()}
-    padded = {name: value.masked_fill(~label_mask, 0) for name, value in padded.items()}
+    given = [name for name in _PER_TOKEN_OUTPUTS if outputs.get(name) is not None]
+    padded = {name: outputs[name].repeat(2, 1).gather(1, index).masked_fill(~label_mask, 0) for name in given}
     return FusedCausalLMOutput(label_mask=label_mask, **padded)
 
 
@@ -217,6 +216,4 @@ class LengthGroupedSampler(Sampler[int]):
         mega_batch = np.arange(num_full) // (size * max(1, min(_MEGA_BATCH, len(lengths) // (4 * size))))
         steps = order[np.lexsort((-(lengths[order] // _LENGTH_SPAN), mega_batch))].reshape(-1, size)
         # The first mega-batch begins with the longest row
-        first, others = steps[:1], steps[1:]
-        shuffled = others[random.permutation(len(others))]
-        return iter(np.concatenate([*first, *shuffled, rest]).tolist())
+        return iter(np.concatenate([*steps[:1], *random.permutation(steps[1:]), rest]).tolist())

@@ -119,8 +119,7 @@ def check_objectives(loss_types: list[str], changed: dict[str, Any]):
         owners = {name for name in options if option in options[name]}
         if owners and not owners & set(loss_types):
             raise ValueError(
-                f"`{option}={value!r}` does nothing for `loss_type={loss_types}`: it belongs to {sorted(owners)}. "
-                "Leave it unset."
+                f"`{option}={value!r}` does nothing for `loss_type={loss_types}`: it belongs to {sorted(owners)}."
             )
 
 
@@ -309,10 +308,7 @@ class ChosenLosses:
         names, objectives = args.loss_type, OBJECTIVES
         if function is not None:
             if names != ["sigmoid"] or args.use_weighting:
-                raise ValueError(
-                    f"`objective` takes the place of `loss_type` ({names}) and its options (`use_weighting="
-                    f"{args.use_weighting}`): leave them unset."
-                )
+                raise ValueError("`objective` takes the place of `loss_type` and `use_weighting`: leave them unset.")
             names, objectives = ["objective"], {"objective": Objective(function)}
         weights = args.loss_weights or [1.0] * len(names)
         self._losses = [(name, objectives.get(name), weight) for name, weight in zip(names, weights, strict=True)]

@@ -331,7 +331,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         # The last thing that DPOTrainer does with a dataset. There is nothing to score before the opponent has
         # completed the prompts, so this is where SFT rows become the prompts and real completions of a game
         args, tokenizer = self.args, self._tokenizer
-        reader, rules = RowReader.of(dataset, name, tokenizer, args), self.game.rules
+        reader, rules = RowReader(dataset, name, tokenizer, args), self.game.rules
         if rules is None:
             play_identical = not self.losses.of_margin
             rules = self.game.rules = reader.make_rules(dataset[0], self.model, args, play_identical)
