@@ -119,7 +119,8 @@ def check_objectives(loss_types: list[str], changed: dict[str, Any]):
         owners = {name for name in options if option in options[name]}
         if owners and not owners & set(loss_types):
             raise ValueError(
-                f"`{option}={value!r}` does nothing for `loss_type={loss_types}`: it belongs to {sorted(owners)}."
+                f"`{option}={value!r}` does nothing for `loss_type={loss_types}`: it belongs to {sorted(owners)}. "
+                "Leave it unset."
             )
 
 
