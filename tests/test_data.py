@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_spin import SPINTrainer
-from trl_spin.data import RowReader, prepare_dataset
+from trl_spin.data import RowReader
 from trl_spin.pairs import PAIR_FEATURES, Rules
 from trl_spin.run.games import load_game, store_game
 
@@ -59,9 +59,9 @@ ASSISTANT = {"role": "assistant", "content": "Blue."}
 
 def prepare(dataset, tokenizer, max_length=512, name="train", **kwargs):
     dataset = dataset if isinstance(dataset, Dataset) else Dataset.from_list(dataset)
-    reader = RowReader.of(dataset, name, tokenizer, make_args("unused", **kwargs))
+    reader = RowReader(dataset, name, tokenizer, make_args("unused", **kwargs))
     end_token_ids = reader.find_end_token_ids(dataset[0], [])
-    return prepare_dataset(dataset, reader, Rules(tokenizer, end_token_ids, max_length, "keep", False, False))
+    return reader.prepare(dataset, Rules(tokenizer, end_token_ids, max_length, "keep", False, False))
 
 
 def decode(tokenizer, row):
@@ -259,7 +259,7 @@ def test_any_conversation_keeps_the_invariants(name, conversations):
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         rows.append({"messages": messages})
     dataset = Dataset.from_list(rows)
-    end_token_ids = RowReader.of(dataset, "train", tokenizer, make_args("unused")).find_end_token_ids(dataset[0], [])
+    end_token_ids = RowReader(dataset, "train", tokenizer, make_args("unused")).find_end_token_ids(dataset[0], [])
     prepared, left_out = prepare(rows, tokenizer)
     assert len(prepared) + left_out.total() == len(rows)
     for row in prepared:

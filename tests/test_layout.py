@@ -117,7 +117,7 @@ def both_layouts(model, batch, fields=("log_probs", "entropy", "mean_logits", "l
     results = []
     for shared in (False, True):
         model.zero_grad()
-        call = (lambda **kwargs: forward_shared(model, base_model, **kwargs)) if shared else model
+        call = (lambda **inputs: forward_shared(model, base_model, inputs)) if shared else model
         outputs = call(**batch, fused_lm_head=True, use_cache=False)
         # Chosen and rejected completions pull in opposite directions, as in the loss
         signs = torch.tensor([1.0, -0.7]).repeat_interleave(len(outputs.log_probs) // 2)
@@ -173,7 +173,7 @@ def test_bfloat16(attn_implementation):
     batch = make_batch()
     with torch.no_grad():
         padded = model(**batch, fused_lm_head=True).log_probs
-        shared = forward_shared(model, model, **batch, fused_lm_head=True).log_probs
+        shared = forward_shared(model, model, batch | {"fused_lm_head": True}).log_probs
         exact = model.float()(**batch, fused_lm_head=True).log_probs
     noise = (padded - exact).abs().sum() / (exact != 0).sum()
     assert (shared - exact).abs().sum() / (exact != 0).sum() < 2 * noise
@@ -194,7 +194,7 @@ def test_only_what_is_unique_is_computed_and_only_completions_go_through_the_hea
         lambda module, args, kwargs: seen.update(rows=kwargs["input_ids"].shape), with_kwargs=True
     )
     batch = make_batch()
-    forward_shared(model, model, **batch, fused_lm_head=True)
+    forward_shared(model, model, batch | {"fused_lm_head": True})
     num_pairs = len(batch["labels"]) // 2
     num_labels = (batch["labels"][:, 1:] != -100).sum(dim=1)
     lengths = batch["attention_mask"].sum(dim=1)[:num_pairs] + num_labels[num_pairs:] - 1
@@ -237,8 +237,9 @@ masks, share = layout._attention_masks, layout._share
 
 
 def positions_go_on(*args):
-    shared_ids, shared_labels, position_ids, branch, index = share(*args)
-    return shared_ids, shared_labels, torch.arange(position_ids.size(1)).expand_as(position_ids), branch, index
+    rows, branch, index = share(*args)
+    rows["position_ids"] = torch.arange(branch.size(1)).expand_as(branch)
+    return rows, branch, index
 
 
 @pytest.mark.parametrize(

@@ -15,30 +15,35 @@
 """What DPOTrainer and bitsandbytes do to a model that self-play cannot use, each until the named version changes it."""
 
 import inspect
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import trl.trainer.dpo_trainer
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from .spin_config import SPINConfig
-
 
 @contextmanager
-def no_model_hash():
-    """Spares DPOTrainer the hash of the model."""
-    # DPOTrainer hashes all weights to recognize log-probs that it has cached (trl 1.16): a minute for a model of 7B. Self-play
-    # caches none
-    hash_module = trl.trainer.dpo_trainer.hash_module
-    trl.trainer.dpo_trainer.hash_module = lambda model: ""
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Puts a value in the place of an attribute, and the attribute back at the end."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        trl.trainer.dpo_trainer.hash_module = hash_module
+        setattr(owner, name, original)
 
 
-def prepare_model(model: PreTrainedModel | PeftModel, args: SPINConfig):
+def no_model_hash() -> AbstractContextManager:
+    """Spares DPOTrainer the hash of the model."""
+    # DPOTrainer hashes all weights to recognize log-probs that it has cached (trl 1.16): a minute for a model of 7B. Self-play
+    # caches none
+    return replaced(trl.trainer.dpo_trainer, "hash_module", lambda model: "")
+
+
+def prepare_model(model: PreTrainedModel | PeftModel, disable_dropout: bool):
     """Takes back what DPOTrainer does to a model for a fixed reference, and what hinders training after generation."""
     if isinstance(model, PeftModel) and "ref" in model.peft_config:
         model.delete_adapter("ref")  # a copy of a given adapter
@@ -48,7 +53,7 @@ def prepare_model(model: PreTrainedModel | PeftModel, args: SPINConfig):
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
         # TRL zeroes the `nn.Dropout` modules only, attention modules keep their rate in an attribute
-        if args.disable_dropout and isinstance(getattr(module, "attention_dropout", None), float):
+        if disable_dropout and isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
 
 

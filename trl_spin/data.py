@@ -19,7 +19,6 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +57,6 @@ _PROBE = "probe7c1f9a"
 _PROBE_TURN = {"role": "assistant", "content": _PROBE}
 
 
-def _check_dataset(dataset: Any, name: str):
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"The {name} dataset must be a `datasets.Dataset`, got {type(dataset).__name__}. It cannot be streamed, as all "
-            "prompts are completed before training: load it with `streaming=False`."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"The {name} dataset is empty.")
-
-
 def hold_out(
     train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None, args: SPINConfig, measures: bool
 ) -> tuple[Dataset | dict[str, Dataset] | None, dict[str, list[int]]]:
@@ -92,15 +81,18 @@ def hold_out(
     """
     if train_dataset is None:
         raise ValueError("`train_dataset` is required: the SFT data whose completions the model learns to prefer.")
-    _check_dataset(train_dataset, "train")
-    if eval_dataset is not None:
-        eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        for name, dataset in eval_datasets.items():
-            if name == "train" or Path(name).name != name:
-                raise ValueError(
-                    f"An evaluation dataset cannot be called {name!r}: its files get this name, beside those of 'train'."
-                )
-            _check_dataset(dataset, name)
+    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name in held_out:
+        if name == "train" or Path(name).name != name:
+            raise ValueError(f"An evaluation dataset cannot be called {name!r}: its files get this name.")
+    for name, dataset in {"train": train_dataset, **(held_out if eval_dataset is not None else {})}.items():
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"The {name} dataset must be a `datasets.Dataset`, got {type(dataset).__name__}. It cannot be streamed, "
+                "as all prompts are completed before training: load it with `streaming=False`."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"The {name} dataset is empty.")
     subsets, rows, size = {}, range(len(train_dataset)), args.held_out_size
     if size:
         if eval_dataset is not None:
@@ -120,66 +112,56 @@ def hold_out(
     return eval_dataset, subsets
 
 
-@dataclass(frozen=True)
 class RowReader:
     """
     Reads the rows of a dataset: texts or conversations, with prompt and real completion in one column or in two.
 
     Args:
+        dataset ([`~datasets.Dataset`]):
+            Dataset, which the reader does not keep: its columns tell the format.
         name (`str`):
             Name of the dataset in messages.
-        prompt_column (`str` or `None`):
-            Column of the prompts. `None` if they are part of the conversations in the other column.
-        completion_column (`str`):
-            Column of the real completions.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer, with a chat template if the rows are conversations.
-        first_turn_only (`bool`):
-            See [`SPINConfig`].
-        chat_template_kwargs (`dict[str, Any]`):
-            Arguments of the chat template. Those of a row take precedence.
+        args ([`SPINConfig`]):
+            Names of the columns, if they are not known ones, `first_turn_only`, and `chat_template_kwargs`, over which
+            those of a row take precedence.
+
+    Raises:
+        `ValueError`: If the columns are of no format; the message says what to do.
     """
 
-    name: str
-    prompt_column: str | None
-    completion_column: str
-    tokenizer: PreTrainedTokenizerBase
-    first_turn_only: bool
-    chat_template_kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: SPINConfig) -> "RowReader":
-        """
-        The reader for a dataset, by the columns that the options name or that are known.
-
-        Raises:
-            `ValueError`: If there are no such columns; the message says what to do.
-        """
+    def __init__(self, dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: SPINConfig):
+        self.name, self.tokenizer, self.first_turn_only = name, tokenizer, args.first_turn_only
+        self.chat_template_kwargs = args.chat_template_kwargs or {}
         columns = dataset.column_names
         if {"image", "images"} & set(columns):
-            raise ValueError(
-                f"The {name} dataset has an image column. Only text is played: remove it, if rows make sense without."
-            )
+            raise ValueError(f"The {name} dataset has an image column, but only text is played: remove it.")
         named = [c for c in (args.messages_column, args.prompt_column, args.completion_column) if c is not None]
         for column in named:
             if column not in columns:
                 raise ValueError(f"The {name} dataset has no column {column!r}. Its columns are {columns}.")
-        formats = [found for needed, *found in _FORMATS if needed <= set(columns)]
-        if named:
-            formats = [(args.prompt_column, named[-1], None)]
+        known = [found for needed, *found in _FORMATS if needed <= set(columns)]
+        formats = [(args.prompt_column, named[-1], None)] if named else known
         if not formats:
             raise ValueError(
                 f"The {name} dataset has the columns {columns}, and none of the known formats: `messages`, `prompt` "
                 "and `completion`, `chosen`, `real`, or `conversations`. Name the columns with `messages_column`, or "
                 "`prompt_column` and `completion_column`. A `text` column must be split where the prompt ends."
             )
-        prompt_column, completion_column, ignored = formats[0]
+        # Without a column of their own, prompts are part of the conversations in the other one
+        self.prompt_column, self.completion_column, ignored = formats[0]
         if ignored is not None:
-            logger.warning_once(
-                f"The real completions of the {name} dataset are in `{completion_column}`: `{ignored}` is ignored."
-            )
-        template_kwargs = args.chat_template_kwargs or {}
-        return cls(name, prompt_column, completion_column, tokenizer, args.first_turn_only, template_kwargs)
+            logger.warning_once(f"`{ignored}` is ignored: the {name} dataset has `{self.completion_column}`.")
+
+    def make_rules(self, row: dict[str, Any], model: PreTrainedModel, args: SPINConfig, play_identical: bool) -> Rules:
+        """What makes a pair of a completion: with the end tokens of model and chat template, and the model's context."""
+        ends = model.generation_config.eos_token_id
+        ends = self.find_end_token_ids(row, ends if isinstance(ends, list) else [ends])
+        limits = args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        max_length = min((limit for limit in limits if limit is not None), default=None)
+        truncated, play_empty = args.truncated_completions, args.play_empty_completions
+        return Rules(self.tokenizer, ends, max_length, truncated, play_empty, play_identical)
 
     def find_end_token_ids(self, row: dict[str, Any], model_end_token_ids: list[int | None]) -> list[int]:
         """
@@ -197,9 +179,7 @@ class RowReader:
         """
         tokenizer = self.tokenizer
         if tokenizer.eos_token_id is None:
-            raise ValueError(
-                "The tokenizer has no end-of-sequence token: set its `eos_token`, and pass it as `processing_class`."
-            )
+            raise ValueError("The tokenizer has no end-of-sequence token: set `eos_token` (see `processing_class`).")
         end_token_ids = {tokenizer.eos_token_id, *model_end_token_ids} - {None}
         with self._naming_row(0):
             prompt, _, template_kwargs = self._split(row)
@@ -215,13 +195,60 @@ class RowReader:
                 "after the real completions. A model that was not fine-tuned that way will not end its own ones."
             )
         elif closing not in end_token_ids:
-            logger.info(
-                f"Generation also stops at {tokenizer.decode(closing)!r}, which closes a turn in the template."
-            )
+            logger.info(f"Generation also stops at {tokenizer.decode(closing)!r}, which closes a templated turn.")
             end_token_ids.add(closing)
         return sorted(end_token_ids)
 
-    def encode(self, row, index, rows, end_token_ids, max_length) -> dict[str, Any]:
+    def prepare(
+        self, dataset: Dataset, rules: Rules, rows: list[int] | None = None, num_proc: int | None = None
+    ) -> tuple[Dataset, Counter]:
+        """
+        Turns SFT rows into token ids.
+
+        One chat template renders the prompt for generation and for training: `prompt_ids` ends with the generation prompt,
+        and `real_ids` is what follows it, up to and including its one end token.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Dataset that the reader was made for.
+            rules ([`~pairs.Rules`]):
+                Ids that end a completion, and the longest prompt plus completion.
+            rows (`list[int]`, *optional*):
+                Indices of the rows to take. Defaults to all.
+            num_proc (`int`, *optional*):
+                Number of processes.
+
+        Returns:
+            `tuple[Dataset, Counter]`: Dataset with the columns `row` (index in `dataset`), `prompt_ids` and `real_ids`, and
+            the number of rows left out by reason.
+
+        Raises:
+            `ValueError` or `TypeError`: If a row cannot be used; the message names it.
+        """
+        taken = dataset if rows is None else dataset.select(rows)
+        encoded = taken.map(
+            self._encode,
+            with_indices=True,
+            fn_kwargs={"rows": rows, "rules": rules},
+            remove_columns=dataset.column_names,
+            features=_FEATURES,
+            num_proc=num_proc,
+            desc=f"Tokenizing {self.name} dataset",
+        )
+        reasons = encoded["left_out"][:]
+        counts = Counter(reason for reason in reasons if reason is not None)
+        for reason, count in counts.items():
+            first = encoded["row"][reasons.index(reason)]
+            rows_left_out = f"{count} of {len(encoded)} rows of the {self.name} dataset are left out"
+            logger.warning(f"{rows_left_out}: {LEFT_OUT[reason]} (the first is row {first}).")
+        if counts.total() == len(encoded):
+            raise ValueError(
+                f"No row of the {self.name} dataset is left: {dict(counts)}. `max_length` is {rules.max_length}."
+            )
+        prepared = encoded.filter(lambda reason: reason is None, input_columns="left_out")
+        return prepared.remove_columns("left_out"), counts
+
+    def _encode(self, row: dict, index: int, rows: list[int] | None, rules: Rules) -> dict[str, Any]:
         """Token ids of a row, and why it is left out. Its number is `rows[index]`, where a subset is taken."""
         index = index if rows is None else rows[index]
         with self._naming_row(index):
@@ -240,19 +267,16 @@ class RowReader:
             real_ids = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
 
         # What a template writes after the end token (a newline, a second end token) is never generated
-        end = next((i for i, token in enumerate(real_ids) if token in end_token_ids), len(real_ids))
+        end = next((i for i, token in enumerate(real_ids) if token in rules.end_token_ids), len(real_ids))
         real_ids, rest_ids = [*real_ids, self.tokenizer.eos_token_id][: end + 1], real_ids[end + 1 :]
-        left_out = None
-        if self._has_text(rest_ids):
-            left_out = "end_token_in_real"
-        elif not self._has_text(real_ids):
-            left_out = "empty_real"
-        elif max_length is not None and len(prompt_ids) + len(real_ids) > max_length:
-            left_out = "too_long"
+        real_text, rest_text = (text.strip() for text in rules.decode([real_ids, rest_ids]))
+        reasons = {
+            "end_token_in_real": rest_text,
+            "empty_real": not real_text,
+            "too_long": rules.max_length is not None and len(prompt_ids) + len(real_ids) > rules.max_length,
+        }
+        left_out = next((reason for reason, holds in reasons.items() if holds), None)
         return {"row": index, "prompt_ids": prompt_ids, "real_ids": real_ids, "left_out": left_out}
-
-    def _has_text(self, ids: list[int]) -> bool:
-        return bool(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
 
     @contextmanager
     def _naming_row(self, index: int) -> Iterator[None]:
@@ -306,9 +330,7 @@ class RowReader:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **kwargs)
         except TemplateError as error:
             roles = [message["role"] for message in messages]
-            raise ValueError(
-                f"the chat template refuses it: {error} Fix or remove the row (roles: {roles})."
-            ) from error
+            raise ValueError(f"the chat template refuses it: {error} Fix the row, its roles are {roles}.") from error
 
     def _render_both(self, prompt: list[dict], completion: dict, kwargs: dict[str, Any]) -> tuple[str, str]:
         """Prompt with its generation prompt, and the completion that follows it, both as rendered text."""
@@ -348,66 +370,3 @@ def _clean_message(message: Any) -> dict[str, Any]:
     if isinstance(content, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in content):
         raise ValueError("a message has parts that are not text. SPINTrainer plays on text only.")
     return message
-
-
-def make_rules(reader: RowReader, row: dict, model: PreTrainedModel, args: SPINConfig, play_identical: bool) -> Rules:
-    """What makes a pair of a completion: with the end tokens of model and chat template, and the model's context."""
-    ends = model.generation_config.eos_token_id
-    ends = reader.find_end_token_ids(row, ends if isinstance(ends, list) else [ends])
-    limits = args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    max_length = min((limit for limit in limits if limit is not None), default=None)
-    truncated, play_empty = args.truncated_completions, args.play_empty_completions
-    return Rules(reader.tokenizer, ends, max_length, truncated, play_empty, play_identical)
-
-
-def prepare_dataset(
-    dataset: Dataset, reader: RowReader, rules: Rules, rows: list[int] | None = None, num_proc: int | None = None
-) -> tuple[Dataset, Counter]:
-    """
-    Turns SFT rows into token ids.
-
-    One chat template renders the prompt for generation and for training: `prompt_ids` ends with the generation prompt,
-    and `real_ids` is what follows it, up to and including its one end token.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            SFT rows in any of the accepted formats.
-        reader ([`RowReader`]):
-            Reader of its rows.
-        rules ([`~pairs.Rules`]):
-            Ids that end a completion, and the longest prompt plus completion.
-        rows (`list[int]`, *optional*):
-            Indices of the rows to take. Defaults to all.
-        num_proc (`int`, *optional*):
-            Number of processes.
-
-    Returns:
-        `tuple[Dataset, Counter]`: Dataset with the columns `row` (index in `dataset`), `prompt_ids` and `real_ids`, and
-        the number of rows left out by reason.
-
-    Raises:
-        `ValueError` or `TypeError`: If a row cannot be used; the message names it.
-    """
-    name, max_length = reader.name, rules.max_length
-    taken = dataset if rows is None else dataset.select(rows)
-    encoded = taken.map(
-        reader.encode,
-        with_indices=True,
-        fn_kwargs={"rows": rows, "end_token_ids": rules.end_token_ids, "max_length": max_length},
-        remove_columns=dataset.column_names,
-        features=_FEATURES,
-        num_proc=num_proc,
-        desc=f"Tokenizing {name} dataset",
-    )
-    reasons = encoded["left_out"][:]
-    counts = Counter(reason for reason in reasons if reason is not None)
-    for reason, count in counts.items():
-        first = encoded["row"][reasons.index(reason)]
-        rows_left_out = f"{count} of {len(encoded)} rows of the {name} dataset are left out"
-        logger.warning(f"{rows_left_out}: {LEFT_OUT[reason]} (the first is row {first}).")
-    if counts.total() == len(encoded):
-        raise ValueError(
-            f"No row of the {name} dataset is left: {dict(counts)}. If `too_long`, raise `max_length` ({max_length})."
-        )
-    prepared = encoded.filter(lambda reason: reason is None, input_columns="left_out")
-    return prepared.remove_columns("left_out"), counts

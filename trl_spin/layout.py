@@ -17,8 +17,9 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from .compat import replaced
+
 
 _MEGA_BATCH = 50
 # Lengths within the same span of tokens count as equal. Sorted to the token, short rows that are alike in other ways too
@@ -42,13 +45,7 @@ _PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits",
 
 
 def forward_shared(
-    model: nn.Module,
-    base_model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    labels: torch.Tensor,
-    pad_to_multiple_of: int | None = None,
-    **kwargs,
+    model: nn.Module, base_model: PreTrainedModel, inputs: dict[str, Any], multiple: int | None = None
 ) -> FusedCausalLMOutput:
     r"""
     Calls a model on DPOTrainer's batch of chosen and rejected sequences with one row per pair,
@@ -70,42 +67,32 @@ def forward_shared(
             Model with TRL's fused head, as prepared for training.
         base_model ([`~transformers.PreTrainedModel`]):
             The same model, unwrapped.
-        input_ids (`torch.Tensor` of shape `(2 * batch, seq_len)`):
-            Prompts with their chosen completions, then the same prompts with the rejected ones; padded on the right.
-        attention_mask (`torch.Tensor` of shape `(2 * batch, seq_len)`):
-            1 where there is a token.
-        labels (`torch.Tensor` of shape `(2 * batch, seq_len)`):
-            Completion tokens, -100 elsewhere.
-        pad_to_multiple_of (`int`, *optional*):
+        inputs (`dict[str, Any]`):
+            Arguments of the model for the padded batch, three of them tensors of shape `(2 * batch, seq_len)`:
+            `input_ids`, prompts with their chosen completions, then the same prompts with the rejected ones, padded on
+            the right; `attention_mask`, 1 where there is a token; and `labels`, completion tokens, -100 elsewhere. Among
+            the further ones is `fused_lm_head=True`.
+        multiple (`int`, *optional*):
             The length of the rows is padded to a multiple of this value.
-        **kwargs:
-            Further arguments of the model, among them `fused_lm_head=True`.
 
     Returns:
         [`~trl.trainer.utils.FusedCausalLMOutput`]: Per-token outputs of shape `(2 * batch, seq_len - 1)`, zero where
         there is no completion token.
     """
-    shared = _share(input_ids, attention_mask, labels, pad_to_multiple_of or 1)
-    shared_ids, shared_labels, position_ids, branch, index = shared
+    rows, branch, index = _share(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], multiple or 1)
+    rows["attention_mask"] = _attention_masks(base_model, branch, rows["position_ids"])
+    label_mask = inputs["labels"][:, 1:] != -100
     with _head_on_labels_only():
-        outputs = model(
-            input_ids=shared_ids,
-            attention_mask=_attention_masks(base_model, branch, position_ids),
-            position_ids=position_ids,
-            shift_labels=shared_labels,
-            **kwargs,
-        )
-    label_mask = labels[:, 1:] != -100
-    per_token = {name: outputs[name] for name in _PER_TOKEN_OUTPUTS if outputs.get(name) is not None}
-    padded = {name: value.repeat(2, 1).gather(1, index) for name, value in per_token.items()}
-    padded = {name: value.masked_fill(~label_mask, 0) for name, value in padded.items()}
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"} | rows)
+    given = [name for name in _PER_TOKEN_OUTPUTS if outputs.get(name) is not None]
+    padded = {name: outputs[name].repeat(2, 1).gather(1, index).masked_fill(~label_mask, 0) for name in given}
     return FusedCausalLMOutput(label_mask=label_mask, **padded)
 
 
 def _share(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, multiple: int
-) -> tuple[torch.Tensor, ...]:
-    """Rows, their next tokens and positions, the branch of each position, and where each padded one is in the row."""
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Rows, as arguments of the model, the branch of each position, and where each padded one is in the row."""
     num_tokens = attention_mask.sum(dim=1, keepdim=True)
     num_prompt, _ = (num_tokens - (labels != -100).sum(dim=1, keepdim=True)).chunk(2)
     num_shared = (num_prompt - 1).clamp(min=0)
@@ -125,7 +112,8 @@ def _share(
     padded_place = torch.arange(last, device=input_ids.device).expand(len(num_chosen), last)
     index = torch.cat([padded_place, padded_place + num_chosen]).clamp(max=width - 1)
     # In the shared part, the next token of the chosen sequence is a prompt token, which has no label
-    return cut(input_ids), cut(next_labels), position_ids, branch, index
+    rows = {"input_ids": cut(input_ids), "shift_labels": cut(next_labels), "position_ids": position_ids}
+    return rows, branch, index
 
 
 def _attention_masks(model: PreTrainedModel, branch: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor | dict:
@@ -150,36 +138,28 @@ def _attention_masks(model: PreTrainedModel, branch: torch.Tensor, position_ids:
     return make_mask("full_attention" if kinds else "sliding_attention")
 
 
-@contextmanager
-def _head_on_labels_only():
+def _head_on_labels_only() -> AbstractContextManager:
     # Without Triton, TRL's fused head scores every position, labelled or not, for compilers that need constant shapes (trl
     # 1.16, `add_fused_lm_head`). On a CPU, this can take half of the time of a step
     use_triton = trl.trainer.utils._use_triton
-    trl.trainer.utils._use_triton = lambda device: device.type == "cpu" or use_triton(device)
-    try:
-        yield
-    finally:
-        trl.trainer.utils._use_triton = use_triton
+    return replaced(trl.trainer.utils, "_use_triton", lambda device: device.type == "cpu" or use_triton(device))
 
 
 def supports_shared_prefix(model: PreTrainedModel | PeftModel) -> str | None:
     """The reason why a model cannot take prefix-shared rows, as far as its configuration tells, or `None`."""
-    if isinstance(model, PeftModel):
-        if any(config.is_prompt_learning for config in model.peft_config.values()):
-            return "the adapter puts virtual tokens before the sequence"
-        model = model.get_base_model()
-    config = model.config.get_text_config()
-    if model.config.is_encoder_decoder:
-        return "the model has an encoder"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"`attn_implementation={config._attn_implementation!r}` takes no mask per row, which 'sdpa' does"
-    if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        return f"`{type(model).__name__}` takes no `position_ids`"
-    if other := sorted(set(getattr(config, "layer_types", None) or ()) - {*_LAYER_TYPES}):
-        return f"the model has {other[0]!r} layers, in which a token also depends on tokens that it must not see"
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return "the model's attention is cut into chunks"
-    return None
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    config, parameters = model.config.get_text_config(), inspect.signature(type(model).forward).parameters
+    attention, other = config._attn_implementation, {*(getattr(config, "layer_types", None) or ())} - {*_LAYER_TYPES}
+    obstacles = {
+        "the adapter puts virtual tokens before the sequence": any(a.is_prompt_learning for a in adapters),
+        "the model has an encoder": model.config.is_encoder_decoder,
+        f"`attn_implementation={attention!r}` takes no mask per row, 'sdpa' does": attention not in ("sdpa", "eager"),
+        f"`{type(model).__name__}` takes no `position_ids`": "position_ids" not in parameters,
+        f"a token in {sorted(other)} layers also depends on tokens that it must not see": other,
+        "the model's attention is cut into chunks": getattr(config, "attention_chunk_size", None) is not None,
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
 def pair_lengths(dataset: Dataset, max_length: int | None = None) -> np.ndarray:
@@ -236,6 +216,4 @@ class LengthGroupedSampler(Sampler[int]):
         mega_batch = np.arange(num_full) // (size * max(1, min(_MEGA_BATCH, len(lengths) // (4 * size))))
         steps = order[np.lexsort((-(lengths[order] // _LENGTH_SPAN), mega_batch))].reshape(-1, size)
         # The first mega-batch begins with the longest row
-        first, others = steps[:1], steps[1:]
-        shuffled = others[random.permutation(len(others))]
-        return iter(np.concatenate([*first, *shuffled, rest]).tolist())
+        return iter(np.concatenate([*steps[:1], *random.permutation(steps[1:]), rest]).tolist())

@@ -291,51 +291,33 @@ def space(
     return -F.logsigmoid(real) - mu * F.logsigmoid(-generated)
 
 
-@dataclass(frozen=True)
 class ChosenLosses:
     """
-    The losses of a run, by who computes them.
+    The losses of a run by who computes them: those that the options name, or a given function in their place.
 
-    Args:
-        trl (`list[tuple[str, float]]`):
-            Names and weights of those that DPOTrainer computes.
-        own (`list[tuple[Objective, float]]`):
-            The others, with their options set, and their weights.
-        of_margin (`bool`):
-            Whether all of them depend on a pair through r - r' alone.
-    """
-
-    trl: list[tuple[str, float]]
-    own: list[tuple[Objective, float]]
-    of_margin: bool
-
-    def at_zero(self, beta: float) -> float:
-        """ℓ(0), where all losses are of the margin."""
-        zero = torch.zeros(1)
-        losses = [*self.own, *((OBJECTIVES[name], weight) for name, weight in self.trl)]
-        return sum(weight * objective.loss(zero, zero, beta).item() for objective, weight in losses)
-
-
-def choose_losses(args: Any, loss: Callable[..., torch.Tensor] | None = None) -> ChosenLosses:
-    """
-    The losses that the options name, or a given function in their place.
+    `trl` has names and weights of those that DPOTrainer computes, `own` the other objectives, with their options set, and
+    their weights. `of_margin` says whether all of them depend on a pair through r - r' alone.
 
     Args:
         args ([`SPINConfig`]):
             `loss_type`, `loss_weights`, `use_weighting`, and the options of the objectives.
-        loss (`Callable[..., torch.Tensor]`, *optional*):
+        function (`Callable[..., torch.Tensor]`, *optional*):
             Function of the log-ratios of the real and of the generated completions, and of λ.
     """
-    weights = args.loss_weights or [1.0] * len(args.loss_type)
-    if loss is not None:
-        if args.loss_type != ["sigmoid"] or args.use_weighting:
-            raise ValueError(
-                f"`objective` takes the place of `loss_type` ({args.loss_type}) and its options (`use_weighting="
-                f"{args.use_weighting}`): leave them unset."
-            )
-        return ChosenLosses([], [(Objective(loss), weights[0])], of_margin=False)
-    losses = list(zip(args.loss_type, weights, strict=True))
-    trl = [(name, weight) for name, weight in losses if name in TRL_LOSSES]
-    own = [(OBJECTIVES[name].with_options(args), weight) for name, weight in losses if name not in TRL_LOSSES]
-    of_margin = all(name in OBJECTIVES and OBJECTIVES[name].of_margin for name in args.loss_type)
-    return ChosenLosses(trl, own, of_margin and not args.use_weighting)
+
+    def __init__(self, args: Any, function: Callable[..., torch.Tensor] | None = None):
+        names, objectives = args.loss_type, OBJECTIVES
+        if function is not None:
+            if names != ["sigmoid"] or args.use_weighting:
+                raise ValueError("`objective` takes the place of `loss_type` and `use_weighting`: leave them unset.")
+            names, objectives = ["objective"], {"objective": Objective(function)}
+        weights = args.loss_weights or [1.0] * len(names)
+        self._losses = [(name, objectives.get(name), weight) for name, weight in zip(names, weights, strict=True)]
+        self.trl = [(name, weight) for name, _, weight in self._losses if name in TRL_LOSSES]
+        self.own = [(own.with_options(args), weight) for name, own, weight in self._losses if name not in TRL_LOSSES]
+        self.of_margin = not args.use_weighting and all(loss and loss.of_margin for _, loss, _ in self._losses)
+
+    def at_zero(self, beta: float) -> float:
+        """ℓ(0), where all losses are of the margin."""
+        zero = torch.zeros(1)
+        return sum(weight * objective.loss(zero, zero, beta).item() for _, objective, weight in self._losses)

@@ -21,6 +21,7 @@ from datasets import Dataset
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from .compat import replaced
 from .layout import LengthGroupedSampler, forward_shared, pair_lengths, supports_shared_prefix
 
 
@@ -96,7 +97,19 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         self.shares_prefix = False
         if not self.share_prefix:
             return
-        reason = self._find_obstacle()
+        collator = self._pair_collator or self.data_collator
+        is_own = type(collator) is DataCollatorForPreference
+        cuts_prompt = is_own and collator.truncation_mode == "keep_end" and collator.max_length is not None
+        parallelism = self.accelerator.parallelism_config
+        obstacles = {
+            "the dataset has images": self._is_vision_dataset,
+            "`data_collator` is not TRL's, and may give the two completions different prompts": not is_own,
+            "`truncation_mode='keep_end'` cuts the prompt differently for the two completions": cuts_prompt,
+            "the router's auxiliary loss counts the prompt twice": self.aux_loss_enabled,
+            "sequences are split over devices": parallelism and (parallelism.cp_enabled or parallelism.sp_enabled),
+        }
+        reason = next((reason for reason, holds in obstacles.items() if holds), None)
+        reason = reason or supports_shared_prefix(self._unwrap(self.model))
         for candidate in filter(None, (model or self.model_wrapped, self.ref_model)):
             reason = reason or supports_shared_prefix(self._unwrap(candidate)) or self._compare(candidate, inputs)
         self.shares_prefix = reason is None
@@ -105,22 +118,6 @@ class SharedPrefixDPOTrainer(DPOTrainer):
                 f"Prompts are computed twice for each pair, once per completion, because {reason}. The result is the "
                 "same, it takes longer. `share_prefix=False` silences this warning."
             )
-
-    def _find_obstacle(self) -> str | None:
-        """The reason against shared rows that is known without a forward pass, or `None`."""
-        collator = self._pair_collator or self.data_collator
-        is_own = type(collator) is DataCollatorForPreference
-        parallelism = self.accelerator.parallelism_config
-        cuts_prompt = is_own and collator.truncation_mode == "keep_end" and collator.max_length is not None
-        obstacles = {
-            "the dataset has images": self._is_vision_dataset,
-            "`data_collator` is not TRL's, and may give the two completions different prompts": not is_own,
-            "`truncation_mode='keep_end'` cuts the prompt differently for the two completions": cuts_prompt,
-            "the router's auxiliary loss counts the prompt twice": self.aux_loss_enabled,
-            "sequences are split over devices": parallelism and (parallelism.cp_enabled or parallelism.sp_enabled),
-        }
-        obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
-        return obstacle or supports_shared_prefix(self._unwrap(self.model))
 
     def _compare(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> str | None:
         """The reason why the two layouts do not give the same log-probs, or `None` if they do."""
@@ -169,7 +166,7 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         """
         if not (self.shares_prefix and kwargs.get("fused_lm_head")):
             return model(**kwargs)
-        return forward_shared(model, self._unwrap(model), pad_to_multiple_of=self.args.pad_to_multiple_of, **kwargs)
+        return forward_shared(model, self._unwrap(model), kwargs, self.args.pad_to_multiple_of)
 
     def token_logps(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """
@@ -201,16 +198,13 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         if self.shares_prefix is None:
             self.choose_layout(inputs, model)
-        precomputed = self.precompute_ref_logps
-        try:
-            if self.shares_prefix and not precomputed:
+        with replaced(self, "precompute_ref_logps", self.precompute_ref_logps):
+            if self.shares_prefix and not self.precompute_ref_logps:
                 # DPOTrainer would call the reference model itself, in its own layout (trl 1.16)
                 ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
                 inputs = inputs | dict(zip(("ref_chosen_logps", "ref_rejected_logps"), ref_logps, strict=True))
                 self.precompute_ref_logps = True
             result = super()._compute_loss(partial(self.forward_pairs, model), inputs, return_outputs)
-        finally:
-            self.precompute_ref_logps = precomputed
         if self.model.training:
             self._count_tokens(inputs)
         return result

@@ -285,7 +285,16 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         for name, (accepted, reason) in _FIXED_OPTIONS.items():
             if getattr(self, name) != accepted:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` contradicts self-play: {reason}. Leave it unset.")
-        self._check_objective()
+        changed = {name: value for name, value in vars(self).items() if value != getattr(type(self), name, value)}
+        check_objectives(self.loss_type, changed)
+        if self.space_mu <= 0:
+            raise ValueError(f"`space_mu` must be positive, got {self.space_mu}.")
+        if self.use_weighting and set(self.loss_type) & (OBJECTIVES.keys() - TRL_LOSSES.keys()):
+            raise ValueError(f"`use_weighting` is an option of TRL's losses, and does nothing for {self.loss_type}.")
+        if max(self.per_iteration("sft_weight")) > 0 and "sft" in self.loss_type:
+            raise ValueError(
+                f"`sft_weight={self.sft_weight}` and `loss_type={self.loss_type}` are the same anchor: leave one unset."
+            )
         chosen_engine(self)
 
     def _check_values(self):
@@ -304,29 +313,13 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
 
-    def _check_objective(self):
-        changed = {name: value for name, value in vars(self).items() if value != getattr(type(self), name, value)}
-        check_objectives(self.loss_type, changed)
-        if self.space_mu <= 0:
-            raise ValueError(f"`space_mu` must be positive, got {self.space_mu}.")
-        if self.use_weighting and set(self.loss_type) & (OBJECTIVES.keys() - TRL_LOSSES.keys()):
-            raise ValueError(f"`use_weighting` is an option of TRL's losses, and does nothing for {self.loss_type}.")
-        if max(self.per_iteration("sft_weight")) > 0 and "sft" in self.loss_type:
-            raise ValueError(
-                f"`sft_weight={self.sft_weight}` and 'sft' in `loss_type` ({self.loss_type}) are the same anchor: give "
-                "one of the two."
-            )
-
     def _as_schedule(self, name: str) -> float | list[float]:
         value = getattr(self, name)
         values = [float(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
         if not values:
             raise ValueError(f"`{name}` is an empty list. Give one value, or one per iteration.")
         if len(values) > self.num_self_play_iterations:
-            warnings.warn(
-                f"`{name}` has {len(values)} values for {self.num_self_play_iterations} iterations: the last are not used.",
-                stacklevel=4,
-            )
+            warnings.warn(f"`{name}={values}` exceeds `num_self_play_iterations`: the rest is unused.", stacklevel=4)
         if name == "learning_rate" and len(values) > 1 and not min(values) > 0:
             raise ValueError(f"`learning_rate` must be positive in every iteration, got {values}.")
         if name == "num_train_epochs":

@@ -42,11 +42,11 @@ from trl.trainer.utils import get_config_model_id
 
 from .callbacks import SelfPlayCallback
 from .compat import check_forward, no_model_hash, prepare_model
-from .data import RowReader, hold_out, make_rules, prepare_dataset
+from .data import RowReader, hold_out
 from .engines import Generate, chosen_engine
 from .iterations import BestIterationCallback, BestMetric, CompletionMetricsCallback, IterationCallback
 from .measures import Measures, StepMonitor
-from .objectives import choose_losses
+from .objectives import ChosenLosses
 from .pairs import Game, GameDataset, PairCollator, leave_out_unplayed
 from .preflight import DryRun, PreflightCallback
 from .report.card import write_model_card
@@ -178,7 +178,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         engine_class.check(args, model)
         if not isinstance(model, str):
             check_forward(model)
-        self.losses, self.objective = choose_losses(args, objective), objective
+        self.losses, self.objective = ChosenLosses(args, objective), objective
         self.game = Game(base_model=model_id)
         self.run_dir = args.output_dir
         self.dataset_name = train_dataset.info.dataset_name or "a local dataset"
@@ -203,7 +203,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             )
 
         engine_class.check(args, self.model)
-        prepare_model(self.model, args)
+        prepare_model(self.model, args.disable_dropout)
         self.data_collator = PairCollator(self.data_collator)
         exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
         self.monitor = StepMonitor(self.accelerator, self.game, self._metrics, args, exact)
@@ -324,12 +324,12 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         # The last thing that DPOTrainer does with a dataset. There is nothing to score before the opponent has
         # completed the prompts, so this is where SFT rows become the prompts and real completions of a game
         args, tokenizer = self.args, self._tokenizer
-        reader, rules = RowReader.of(dataset, name, tokenizer, args), self.game.rules
+        reader, rules = RowReader(dataset, name, tokenizer, args), self.game.rules
         if rules is None:
             play_identical = not self.losses.of_margin
-            rules = self.game.rules = make_rules(reader, dataset[0], self.model, args, play_identical)
+            rules = self.game.rules = reader.make_rules(dataset[0], self.model, args, play_identical)
         with args.main_process_first(desc=f"Tokenizing {name} dataset"):
-            rows, left_out = prepare_dataset(dataset, reader, rules, self._rows.get(name), args.dataset_num_proc)
+            rows, left_out = reader.prepare(dataset, rules, self._rows.get(name), args.dataset_num_proc)
         self.game.left_out[name] = dict(left_out)
         self.game.datasets[name] = GameDataset(name, rows)
         self.game.settings = game_settings(args, self.game)
