@@ -38,8 +38,8 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def no_model_hash() -> AbstractContextManager:
     """Spares DPOTrainer the hash of the model."""
-    # DPOTrainer hashes all weights to recognize log-probs that it has cached (trl 1.16): a minute for a model of 7B. Self-play
-    # caches none
+    # DPOTrainer hashes all weights to recognize log-probs that it has cached (trl 1.16): a minute for a model of 7B.
+    # Self-play caches none
     return replaced(trl.trainer.dpo_trainer, "hash_module", lambda model: "")
 
 

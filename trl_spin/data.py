@@ -243,7 +243,8 @@ class RowReader:
             logger.warning(f"{rows_left_out}: {LEFT_OUT[reason]} (the first is row {first}).")
         if counts.total() == len(encoded):
             raise ValueError(
-                f"No row of the {self.name} dataset is left: {dict(counts)}. `max_length` is {rules.max_length}."
+                f"No row of the {self.name} dataset is left: {dict(counts)}. If `too_long`, raise `max_length` "
+                f"({rules.max_length})."
             )
         prepared = encoded.filter(lambda reason: reason is None, input_columns="left_out")
         return prepared.remove_columns("left_out"), counts

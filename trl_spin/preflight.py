@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Before anything is generated: a trial run of two rows, the plan of the run, and whether memory and disk can hold it."""
+"""Before anything is generated: a trial run of two rows, the plan, and whether memory and disk hold the run."""
 
 import math
 import shutil
@@ -186,8 +186,8 @@ def check_disk(output_dir: str, disk: dict[str, float]):
     finding = f"`output_dir` ({output_dir}) has {_short(free)}B of free space, but the"
     if free < disk["next_iteration"]:
         raise ValueError(
-            f"{finding} next iteration may need {_short(disk['next_iteration'])}B. Make room, choose another `output_dir`, or "
-            "save less (`save_only_model`, `save_strategy='no'`)."
+            f"{finding} next iteration may need {_short(disk['next_iteration'])}B. Make room, choose another "
+            "`output_dir`, or save less (`save_only_model`, `save_strategy='no'`)."
         )
     if free < disk["whole_run"]:
         logger.warning(f"{finding} whole run may need {_short(disk['whole_run'])}B.")

@@ -319,7 +319,8 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         if not values:
             raise ValueError(f"`{name}` is an empty list. Give one value, or one per iteration.")
         if len(values) > self.num_self_play_iterations:
-            warnings.warn(f"`{name}={values}` exceeds `num_self_play_iterations`: the rest is unused.", stacklevel=4)
+            what = f"`{name}={values}` has {len(values)} values, but `num_self_play_iterations` is"
+            warnings.warn(f"{what} {self.num_self_play_iterations}: the rest is unused.", stacklevel=4)
         if name == "learning_rate" and len(values) > 1 and not min(values) > 0:
             raise ValueError(f"`learning_rate` must be positive in every iteration, got {values}.")
         if name == "num_train_epochs":

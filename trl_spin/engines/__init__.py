@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What completes the prompts, token ids in, token ids out. A file in here is an engine: its options, checks and plan line."""
+"""What completes the prompts. A file in here is an engine: its options, its checks and its line in the plan."""
 
 from importlib import import_module
 from pkgutil import iter_modules

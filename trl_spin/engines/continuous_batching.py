@@ -106,10 +106,11 @@ class ContinuousBatching(Engine):
                 if errors or len(outputs) < len(prompts):
                     failed = len(prompts) - len(outputs) + len(errors)
                     raise ValueError(
-                        f"Continuous batching failed on {failed} of {len(prompts)} prompts: {(errors or ['missing'])[0]}. If memory "
-                        "is the matter, set `num_blocks`, `max_batch_tokens`, `max_requests_per_batch` or `max_memory_percent` "
-                        f"in `transformers_continuous_batching_config` ({args.transformers_continuous_batching_config}). Or "
-                        "leave `use_transformers_continuous_batching` unset, here and on resume."
+                        f"Continuous batching failed on {failed} of {len(prompts)} prompts: {(errors or ['missing'])[0]}. "
+                        "If memory is the matter, set `num_blocks`, `max_batch_tokens`, `max_requests_per_batch` or "
+                        "`max_memory_percent` in `transformers_continuous_batching_config` "
+                        f"({args.transformers_continuous_batching_config}). Or leave "
+                        "`use_transformers_continuous_batching` unset, here and on resume."
                     )
                 return [output.generated_tokens for output in outputs.values()]
 

@@ -30,7 +30,9 @@ from ..run.processes import explain_out_of_memory
 from .base import Complete, Engine, forked_rng, grpo_options
 
 
-_OUT_OF_MEMORY = "Lower `vllm_gpu_memory_utilization`, set `vllm_enable_sleep_mode`, or use `vllm_mode='server'`, here and on resume."
+_OUT_OF_MEMORY = (
+    "Lower `vllm_gpu_memory_utilization`, set `vllm_enable_sleep_mode`, or use `vllm_mode='server'`, here and on resume."
+)
 
 
 @contextmanager

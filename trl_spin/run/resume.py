@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""One job per directory, and a run that continues only with the settings that it was started with, from a whole checkpoint."""
+"""One job per directory, and a run that continues with the settings that it was started with, or not at all."""
 
 import hashlib
 import json
@@ -40,10 +40,11 @@ from .processes import Processes
 
 logger = get_logger(__name__)
 
-# Options that may differ between a run and its continuation, because they do not change what is computed (up to rounding,
-# for those that set the size of a batch without gradients). Every other option is part of the contract: an option that a
-# later TRL adds is compared until it is listed here. Columns are listed as they are compared through the rows that come out,
-# the number of iterations as each one is compared by itself. An engine's options are free: all draw from one distribution.
+# Options that may differ between a run and its continuation, because they do not change what is computed (up to
+# rounding, for those that set the size of a batch without gradients). Every other option is part of the contract: an
+# option that a later TRL adds is compared until it is listed here. Columns are listed as they are compared through the
+# rows that come out, the number of iterations as each one is compared by itself. An engine's options are free: all
+# draw from one distribution.
 _FREE_OPTIONS = frozenset(
     """
     output_dir resume_from_checkpoint dry_run run_name project report_to disable_tqdm do_train do_eval do_predict
