@@ -31,7 +31,8 @@ from .base import Complete, Engine, forked_rng, grpo_options
 
 
 _OUT_OF_MEMORY = (
-    "Lower `vllm_gpu_memory_utilization`, set `vllm_enable_sleep_mode`, or use `vllm_mode='server'`, here and on resume."
+    "Lower `vllm_gpu_memory_utilization`, set `vllm_enable_sleep_mode`, or use `vllm_mode='server'`, here and on "
+    "resume."
 )
 
 
