@@ -23,7 +23,7 @@ One self-play iteration, from a saved model to a saved model, on the same model,
 (f) the same with `train_sampling_strategy="group_by_length"`, which DPOTrainer cannot do.
 
 Each variant runs in a process of its own, in turn, and the best of the repetitions counts. The model is random, with a
-bias on the end token that lets half of the answers run into their limit. Lengths are drawn from a distribution like that
+bias on the end token that lets half of the completions run into their limit. Lengths are drawn from a distribution like that
 of UltraChat and scaled down.
 
     python benchmarks/speed.py
@@ -73,7 +73,7 @@ parser.add_argument("--work_dir", help=argparse.SUPPRESS)
 parser.add_argument("--variant", help=argparse.SUPPRESS)
 args = parser.parse_args()
 clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
-limit = int(256 * args.scale)  # tokens of an answer
+limit = int(256 * args.scale)  # tokens of a completion
 
 
 def make_model_and_data():
@@ -101,19 +101,19 @@ def make_model_and_data():
             bos_token_id=None,
         )
     )
-    # An answer ends at each token with a probability of 0.7 / limit, so that half of them reach it
+    # A completion ends at each token with a probability of 0.7 / limit, so that half of them reach it
     model.lm_head.bias.data[1] = math.log(args.vocab_size / (limit / 0.7 - 1))
     model.save_pretrained(f"{args.work_dir}/model")
     tokenizer.save_pretrained(f"{args.work_dir}/model")
 
     rng = np.random.default_rng(0)
     prompts = np.clip(rng.lognormal(np.log(130), 0.95, args.num_pairs), 1, 512)
-    answers = np.minimum(np.clip(rng.lognormal(np.log(260), 0.55, args.num_pairs), 1, None), 1024 - prompts)
+    completions = np.minimum(np.clip(rng.lognormal(np.log(260), 0.55, args.num_pairs), 1, None), 1024 - prompts)
 
     def text(length: float) -> str:
         return " ".join(words[i] for i in rng.integers(2, args.vocab_size, max(1, int(length * args.scale))))
 
-    rows = [(text(p), " " + text(a)) for p, a in zip(prompts, answers, strict=True)]
+    rows = [(text(p), " " + text(c)) for p, c in zip(prompts, completions, strict=True)]
     columns = {"prompt": [p for p, _ in rows], "completion": [a for _, a in rows]}
     Dataset.from_dict(columns).to_json(f"{args.work_dir}/data.jsonl")
 
@@ -201,16 +201,16 @@ def scripted(watch: Watch):
     dataset = load_dataset("json", data_files=f"{args.work_dir}/data.jsonl", split="train")
     tokenizer = AutoTokenizer.from_pretrained(f"{args.work_dir}/model", padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(f"{args.work_dir}/model")
-    answers = []
+    completions = []
     with watch.time("generation"):
         for start in range(0, len(dataset), 8):
             batch = tokenizer(dataset["prompt"][start : start + 8], return_tensors="pt", padding=True)
             # The sampling of the paper's theory, as `top_k` is 50 by default
             output = model.generate(**batch, max_new_tokens=limit, do_sample=True, top_k=0)
             output = output[:, batch["input_ids"].shape[1] :]
-            answers += tokenizer.batch_decode(output, skip_special_tokens=True)
+            completions += tokenizer.batch_decode(output, skip_special_tokens=True)
     del model
-    pairs = dataset.rename_column("completion", "chosen").add_column("rejected", [" " + text for text in answers])
+    pairs = dataset.rename_column("completion", "chosen").add_column("rejected", [" " + text for text in completions])
     trainer = trainer_class(
         f"{args.work_dir}/model",
         args=DPOConfig(
