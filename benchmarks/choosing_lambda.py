@@ -63,8 +63,8 @@ def descend(log_p_t: torch.Tensor, beta: float, num_steps: int) -> list[torch.Te
         logratios = logits.log_softmax(0) - log_p_t
         loss = (weights * logistic(logratios[real], logratios[generated], beta)).sum()
         (gradient,) = torch.autograd.grad(loss, logits)
-        # An iteration starts with λ/2 times the gradient of SFT. Divided by λ, all start with the same first step, as they
-        # would under RMSProp or Adam.
+        # An iteration starts with λ/2 times the gradient of SFT. Divided by λ, all start with the same first step, as
+        # they would under RMSProp or Adam.
         logits = (logits - gradient / beta).detach().requires_grad_()
         path.append(logits.detach().log_softmax(0))
     return path

@@ -23,8 +23,8 @@ One self-play iteration, from a saved model to a saved model, on the same model,
 (f) the same with `train_sampling_strategy="group_by_length"`, which DPOTrainer cannot do.
 
 Each variant runs in a process of its own, in turn, and the best of the repetitions counts. The model is random, with a
-bias on the end token that lets half of the completions run into their limit. Lengths are drawn from a distribution like that
-of UltraChat and scaled down.
+bias on the end token that lets half of the completions run into their limit. Lengths are drawn from a distribution
+like that of UltraChat and scaled down.
 
     python benchmarks/speed.py
 """
@@ -310,8 +310,8 @@ def measure():
         num_parameters, num_threads, checkpointing = spin(watch)
     seconds = {phase: watch.seconds[phase] for phase in ("generation", "scoring", "training", "model")}
     seconds["iteration"] = clock() - start
-    # A matrix is used twice per position in the forward pass, and four times in the backward pass; the table of embeddings
-    # is none
+    # A matrix is used twice per position in the forward pass, and four times in the backward pass; the table of
+    # embeddings is none
     num_parameters -= args.vocab_size * args.hidden_size
     positions = watch.positions
     trained = positions["training with gradient"]

@@ -96,7 +96,7 @@ class SelfPlayCallback(TrainerCallback):
         return Pairs(*stored)
 
     def generate(self, request: Request) -> Pairs:
-        """The opponent completes every prompt. Completions of earlier opponents are added as `opponent_history` asks."""
+        """The opponent completes every prompt. Those of earlier opponents are added as `opponent_history` asks."""
         args, start = self.trainer.args, time.perf_counter()
         pairs, num_tokens = self.complete(request, list(self.game.datasets))
         seconds = time.perf_counter() - start

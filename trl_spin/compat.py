@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What DPOTrainer and bitsandbytes do to a model that self-play cannot use, each until the named version changes it."""
+"""What DPOTrainer and bitsandbytes do to a model that self-play cannot use, until the named versions change it."""
 
 import inspect
 from collections.abc import Iterator
@@ -59,8 +59,8 @@ def prepare_model(model: PreTrainedModel | PeftModel, disable_dropout: bool):
 
 def check_forward(model: PreTrainedModel | PeftModel):
     """Raises a `ValueError` if the model generates with the weights of another one."""
-    # TRL trainers leave a patched `forward` on the model (trl 1.16, `add_fused_lm_head`). In a deep copy of such a model,
-    # it still calls the original: the copy would be trained, but the original would be the opponent
+    # TRL trainers leave a patched `forward` on the model (trl 1.16, `add_fused_lm_head`). In a deep copy of such a
+    # model, it still calls the original: the copy would be trained, but the original would be the opponent
     base_model = model.get_base_model() if isinstance(model, PeftModel) else model
     patched = vars(base_model).get("forward")
     original = patched and inspect.getclosurevars(patched).nonlocals.get("original_forward")

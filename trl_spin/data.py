@@ -42,8 +42,8 @@ LEFT_OUT = {
     "empty_real": "the real completion is empty",
     "end_token_in_real": "the real completion contains an end token, where generation would stop",
 }
-# Known formats, of which the first that fits is taken: the columns that it needs, that of the prompt (`None`: it is part
-# of the other one's conversation), that of the real completion, and that of other completions
+# Known formats, of which the first that fits is taken: the columns that it needs, that of the prompt (`None`: it is
+# part of the other one's conversation), that of the real completion, and that of other completions
 _FORMATS = (
     ({"messages"}, None, "messages", None),
     ({"conversations"}, None, "conversations", None),
@@ -88,8 +88,8 @@ def hold_out(
     for name, dataset in {"train": train_dataset, **(held_out if eval_dataset is not None else {})}.items():
         if not isinstance(dataset, Dataset):
             raise TypeError(
-                f"The {name} dataset must be a `datasets.Dataset`, got {type(dataset).__name__}. It cannot be streamed, "
-                "as all prompts are completed before training: load it with `streaming=False`."
+                f"The {name} dataset must be a `datasets.Dataset`, got {type(dataset).__name__}. It cannot be "
+                "streamed, as all prompts are completed before training: load it with `streaming=False`."
             )
         if len(dataset) == 0:
             raise ValueError(f"The {name} dataset is empty.")
@@ -155,7 +155,7 @@ class RowReader:
             logger.warning_once(f"`{ignored}` is ignored: the {name} dataset has `{self.completion_column}`.")
 
     def make_rules(self, row: dict[str, Any], model: PreTrainedModel, args: SPINConfig, play_identical: bool) -> Rules:
-        """What makes a pair of a completion: with the end tokens of model and chat template, and the model's context."""
+        """What makes a pair of a completion, with the end tokens of model and template, and the model's context."""
         ends = model.generation_config.eos_token_id
         ends = self.find_end_token_ids(row, ends if isinstance(ends, list) else [ends])
         limits = args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -165,8 +165,8 @@ class RowReader:
 
     def find_end_token_ids(self, row: dict[str, Any], model_end_token_ids: list[int | None]) -> list[int]:
         """
-        Ids that end a completion: those of the model's generation config, the tokenizer's end-of-sequence token and, for
-        conversations, the token with which the chat template closes an assistant turn.
+        Ids that end a completion: those of the model's generation config, the tokenizer's end-of-sequence token and,
+        for conversations, the token with which the chat template closes an assistant turn.
 
         Args:
             row (`dict[str, Any]`):
@@ -205,8 +205,8 @@ class RowReader:
         """
         Turns SFT rows into token ids.
 
-        One chat template renders the prompt for generation and for training: `prompt_ids` ends with the generation prompt,
-        and `real_ids` is what follows it, up to and including its one end token.
+        One chat template renders the prompt for generation and for training: `prompt_ids` ends with the generation
+        prompt, and `real_ids` is what follows it, up to and including its one end token.
 
         Args:
             dataset ([`~datasets.Dataset`]):
@@ -219,8 +219,8 @@ class RowReader:
                 Number of processes.
 
         Returns:
-            `tuple[Dataset, Counter]`: Dataset with the columns `row` (index in `dataset`), `prompt_ids` and `real_ids`, and
-            the number of rows left out by reason.
+            `tuple[Dataset, Counter]`: Dataset with the columns `row` (index in `dataset`), `prompt_ids` and
+            `real_ids`, and the number of rows left out by reason.
 
         Raises:
             `ValueError` or `TypeError`: If a row cannot be used; the message names it.
@@ -264,7 +264,8 @@ class RowReader:
         if full_ids[: len(prompt_ids)] == prompt_ids:
             real_ids = full_ids[len(prompt_ids) :]
         else:
-            # Tokens merge across the boundary. The opponent continues the prompt's own tokens, so does the real completion
+            # Tokens merge across the boundary. The opponent continues the prompt's own tokens, so does the real
+            # completion
             real_ids = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
 
         # What a template writes after the end token (a newline, a second end token) is never generated
@@ -324,8 +325,8 @@ class RowReader:
     def _render(self, messages: list[dict], kwargs: dict[str, Any], prompt: bool = False) -> str:
         if self.tokenizer.chat_template is None and "chat_template" not in kwargs:
             raise ValueError(
-                "it is a conversation, but the tokenizer has no chat template. Set its `chat_template` to the one that "
-                "the model was fine-tuned with and pass it as `processing_class`, or use columns of text."
+                "it is a conversation, but the tokenizer has no chat template. Set its `chat_template` to the one "
+                "that the model was fine-tuned with and pass it as `processing_class`, or use columns of text."
             )
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **kwargs)
@@ -340,13 +341,14 @@ class RowReader:
         if full_text.startswith(prompt_text):
             return prompt_text, full_text.removeprefix(prompt_text)
         # Some templates end the generation prompt with text that they do not write before a turn, such as an empty
-        # thinking block. Completions are sampled after the generation prompt, so that is where the real one goes as well
+        # thinking block. Completions are sampled after the generation prompt, so that is where the real one goes as
+        # well
         before, _, _ = self._render([*prompt, _PROBE_TURN], kwargs).rpartition(_PROBE)
         bare = self._render(prompt, kwargs)
         if not (prompt_text.startswith(bare) and before.startswith(bare) and full_text.startswith(before)):
             raise ValueError(
-                "the chat template renders the prompt differently when a turn follows, so that the real completion does "
-                "not continue the prompt of generation. Use one that renders earlier turns the same way in both cases.\n"
+                "the chat template renders the prompt differently when a turn follows: the real completion does not "
+                "continue the prompt of generation. Use one that renders earlier turns the same way in both cases.\n"
                 f"Prompt: {prompt_text!r}\nPrompt and completion: {full_text!r}"
             )
         logger.warning_once(

@@ -92,7 +92,7 @@ def check_played(pairs: Dataset, rules: Rules, iteration: int):
     examples = pairs.select(range(min(3, len(pairs))))
     examples = "\n".join(f"Row {pair['row']}: {rules.tokenizer.decode(pair['generated_ids'])!r}" for pair in examples)
     raise ValueError(
-        f"Iteration {iteration} has nothing to learn from: of {len(pairs)} generated completions, {shares}.\n{examples}\n"
+        f"Iteration {iteration} has nothing to learn from: of {len(pairs)} completions, {shares}.\n{examples}\n"
         "Empty completions: is the chat template the one the model was fine-tuned with? Truncated ones, under "
         "`truncated_completions='drop'`: raise `max_completion_length`, or check that the model was fine-tuned to end "
         "its completions. Identical ones: the model has memorized the data, or `temperature` is 0."
@@ -136,8 +136,8 @@ def score(logps_of: LogProbs, processes: Processes, pairs: Dataset, name: str, b
     for row, (real, generated) in zip(pairs["row"][:], logps, strict=True):
         if not math.isfinite(real + generated):
             raise ValueError(
-                f"The model's log-probs of row {row} of the {name} dataset are {real} (real completion) and {generated} "
-                "(generated completion): its weights or activations overflow. Train in bfloat16 or float32, not float16, "
-                "lower the learning rate, or check the model that self-play started from."
+                f"The model's log-probs of row {row} of the {name} dataset are {real} (real completion) and "
+                f"{generated} (generated completion): its weights or activations overflow. Train in bfloat16 or "
+                "float32, not float16, lower the learning rate, or check the model that self-play started from."
             )
     return with_logps(pairs, logps)

@@ -153,7 +153,7 @@ class BestIterationCallback(TrainerCallback):
         if args.load_best_iteration_at_end and state.global_step == 0:
             if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
                 raise ValueError(
-                    "`load_best_iteration_at_end` loads weights in place, which DeepSpeed and FSDP do not allow: unset it."
+                    "`load_best_iteration_at_end` loads weights in place, which DeepSpeed and FSDP forbid: unset it."
                 )
             with explain_write_error(args.output_dir):
                 self.trainer.save_model(str(model_dir(args.output_dir, -1)))

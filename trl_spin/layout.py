@@ -36,8 +36,8 @@ from .compat import replaced
 
 
 _MEGA_BATCH = 50
-# Lengths within the same span of tokens count as equal. Sorted to the token, short rows that are alike in other ways too
-# (completions that were cut off or ran on) would share a step: in the quickstart, whose rows have 16 to 24 tokens,
+# Lengths within the same span of tokens count as equal. Sorted to the token, short rows that are alike in other ways
+# too (completions that were cut off or ran on) would share a step: in the quickstart, whose rows have 16 to 24 tokens,
 # training suffered from it
 _LENGTH_SPAN = 32
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -70,8 +70,8 @@ def forward_shared(
         inputs (`dict[str, Any]`):
             Arguments of the model for the padded batch, three of them tensors of shape `(2 * batch, seq_len)`:
             `input_ids`, prompts with their chosen completions, then the same prompts with the rejected ones, padded on
-            the right; `attention_mask`, 1 where there is a token; and `labels`, completion tokens, -100 elsewhere. Among
-            the further ones is `fused_lm_head=True`.
+            the right; `attention_mask`, 1 where there is a token; and `labels`, completion tokens, -100 elsewhere.
+            Among the further ones is `fused_lm_head=True`.
         multiple (`int`, *optional*):
             The length of the rows is padded to a multiple of this value.
 
@@ -139,8 +139,8 @@ def _attention_masks(model: PreTrainedModel, branch: torch.Tensor, position_ids:
 
 
 def _head_on_labels_only() -> AbstractContextManager:
-    # Without Triton, TRL's fused head scores every position, labelled or not, for compilers that need constant shapes (trl
-    # 1.16, `add_fused_lm_head`). On a CPU, this can take half of the time of a step
+    # Without Triton, TRL's fused head scores every position, labelled or not, for compilers that need constant shapes
+    # (trl 1.16, `add_fused_lm_head`). On a CPU, this can take half of the time of a step
     use_triton = trl.trainer.utils._use_triton
     return replaced(trl.trainer.utils, "_use_triton", lambda device: device.type == "cpu" or use_triton(device))
 
@@ -175,9 +175,9 @@ def pair_lengths(dataset: Dataset, max_length: int | None = None) -> np.ndarray:
 class LengthGroupedSampler(Sampler[int]):
     """
     Puts rows of similar length into the same step, in an order that is random all the same: the rows are shuffled, cut
-    into mega-batches of 50 steps, sorted there by length (in spans of 32 tokens, so that short rows stay mixed) and cut
-    into steps, and the steps are shuffled. The step with the longest row comes first, so that a shortage of memory shows
-    at once.
+    into mega-batches of 50 steps, sorted there by length (in spans of 32 tokens, so that short rows stay mixed) and
+    cut into steps, and the steps are shuffled. The step with the longest row comes first, so that a shortage of memory
+    shows at once.
 
     The order depends on seed, epoch and lengths alone. It is drawn at the beginning of an epoch, so the lengths may
     change from one epoch to the next.

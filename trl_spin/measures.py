@@ -139,9 +139,9 @@ class StepMonitor:
         if mode == "train" and not math.isfinite(losses.sum().item()):
             raise ValueError(
                 f"The loss of step {step + 1} (iteration {self.game.iteration}) is {losses.mean().item()}, with mean "
-                f"log-probs {logps['chosen']:.6g} of the real and {logps['rejected']:.6g} of the generated completions. "
-                "The step is not taken, so the last checkpoint and iteration are intact. Lower `learning_rate`, set "
-                "`max_grad_norm`, or train in bfloat16 or float32 instead of float16."
+                f"log-probs {logps['chosen']:.6g} of the real and {logps['rejected']:.6g} of the generated "
+                "completions. The step is not taken, so the last checkpoint and iteration are intact. Lower "
+                "`learning_rate`, set `max_grad_norm`, or train in bfloat16 or float32 instead of float16."
             )
         self._real[mode][0] -= logps["chosen"] * len(num_real)
         self._real[mode][1] += num_real.sum().item()

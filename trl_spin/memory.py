@@ -71,9 +71,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """
     Estimates the memory of training, and settles what was left open: checkpointing of activations, which is off if
-    training fits without it (and is left on in the model if not), and the size of generation batches, which are as large
-    as fits beside the model. All processes decide alike. For a model that is spread over several devices, nothing is
-    estimated, and TRL's default holds.
+    training fits without it (and is left on in the model if not), and the size of generation batches, which are as
+    large as fits beside the model. All processes decide alike. For a model that is spread over several devices,
+    nothing is estimated, and TRL's default holds.
 
     Args:
         trainer ([`~shared_prefix_trainer.SharedPrefixDPOTrainer`]):
@@ -132,7 +132,8 @@ def plan_memory(
             outputs = model(input_ids=prompt, use_cache=True)
         layers = getattr(outputs.past_key_values, "layers", ())
         cache = sum(t.nbytes for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
-        # A cache that grows is copied now and then. The prompt goes through the layers at once. And each row has scores
+        # A cache that grows is copied now and then. The prompt goes through the layers at once. And each row has
+        # scores
         scores = _SCORES * 4 * outputs.logits.size(-1) / args.max_completion_length
         per_token = 1.5 * cache / prompt.size(1) + layer_bytes + scores
         tokens = processes.smallest((room - estimate["weights"] - estimate["optimizer"]) / per_token)
@@ -179,8 +180,8 @@ def available_memory(device: torch.device) -> float:
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> float:
     """
-    Size of the optimizer's state: what a twin of it has for one matrix, times their number. Where the twin takes no step,
-    as for Adam.
+    Size of the optimizer's state: what a twin of it has for one matrix, times their number. Where the twin takes no
+    step, as for Adam.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     num_bytes = sum(p.nbytes for p in trained)

@@ -295,8 +295,8 @@ class ChosenLosses:
     """
     The losses of a run by who computes them: those that the options name, or a given function in their place.
 
-    `trl` has names and weights of those that DPOTrainer computes, `own` the other objectives, with their options set, and
-    their weights. `of_margin` says whether all of them depend on a pair through r - r' alone.
+    `trl` has names and weights of those that DPOTrainer computes, `own` the other objectives, with their options set,
+    and their weights. `of_margin` says whether all of them depend on a pair through r - r' alone.
 
     Args:
         args ([`SPINConfig`]):

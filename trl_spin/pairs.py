@@ -32,7 +32,8 @@ from transformers import PreTrainedTokenizerBase
 from .schedule import Schedule
 
 
-# One row per pair. `row` is the index in the user's dataset, `opponent` the iteration whose opponent wrote the completion
+# One row per pair. `row` is the index in the user's dataset, `opponent` the iteration whose opponent wrote the
+# completion
 PAIR_FEATURES = Features(
     {name: Value("int64") for name in ("row", "opponent")}
     | {name: List(Value("int64")) for name in ("prompt_ids", "real_ids", "generated_ids")}
@@ -79,8 +80,8 @@ class Rules:
 
     def finish(self, prompt_ids: list[int], generated_ids: list[int], limit: int) -> dict[str, Any]:
         """
-        Cuts what comes from an engine, which goes on until the whole batch has ended, at the limit and at its first end
-        token: an end token stands where one was sampled and nowhere else.
+        Cuts what comes from an engine, which goes on until the whole batch has ended, at the limit and at its first
+        end token: an end token stands where one was sampled and nowhere else.
         """
         ids = generated_ids[:limit]
         end = next((i for i, token in enumerate(ids) if token in self.end_token_ids), None)
@@ -107,8 +108,9 @@ class Rules:
 
 class Columns:
     """
-    Rows of a dataset, read from its columns in memory. `datasets` takes 50 to 150 microseconds for each row, and as much
-    for each value of a column that is not read at once (datasets 5.2): with small models, that would be most of a run.
+    Rows of a dataset, read from its columns in memory. `datasets` takes 50 to 150 microseconds for each row, and as
+    much for each value of a column that is not read at once (datasets 5.2): with small models, that would be most of a
+    run.
     """
 
     def __init__(self, dataset: Dataset):
@@ -244,9 +246,10 @@ class GameDataset(torch.utils.data.Dataset):
             for column in ("row", "prompt_ids"):
                 if not self.columns.same(column, theirs):
                     raise ValueError(
-                        f"The pairs for the {self.name} dataset were generated from other prompts than its own (column "
-                        f"`{column}`, opponent {opponent['opponent'][0]}, {len(opponent)} pairs for {len(self)} "
-                        "prompts). Did the dataset, the tokenizer or its chat template change? Use a new `output_dir`."
+                        f"The pairs for the {self.name} dataset were generated from other prompts than its own "
+                        f"(column `{column}`, opponent {opponent['opponent'][0]}, {len(opponent)} pairs for "
+                        f"{len(self)} prompts). Did the dataset, the tokenizer or its chat template change? Use a new "
+                        "`output_dir`."
                     )
         self.pairs, self._columns = by_opponent, columns
 
@@ -327,8 +330,9 @@ def with_logps(pairs: Dataset, logps: list[tuple[float, float]]) -> Dataset:
 
 def leave_out_unplayed(inputs: dict[str, Any], accelerator: Accelerator) -> tuple[dict[str, Any], float]:
     """
-    A batch without the pairs that are not played, where these have zero gradient, and the share of the pairs that stays.
-    At least one pair does, so that the backward pass runs, and as many on all processes, which gather their metrics.
+    A batch without the pairs that are not played, where these have zero gradient, and the share of the pairs that
+    stays. At least one pair does, so that the backward pass runs, and as many on all processes, which gather their
+    metrics.
     """
     played = inputs["played"]
     inputs = {key: value for key, value in inputs.items() if key != "played"}

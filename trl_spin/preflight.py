@@ -140,8 +140,8 @@ class PreflightCallback(TrainerCallback):
 
 def estimate_disk(args: SPINConfig, game: Game, model: float, optimizer: float, save_steps: int) -> dict[str, float]:
     """
-    What a run writes, in bytes, at most. An iteration's model is saved as it is in memory, an adapter alone where there
-    is one: what is trained. A checkpoint adds the optimizer.
+    What a run writes, in bytes, at most. An iteration's model is saved as it is in memory, an adapter alone where
+    there is one: what is trained. A checkpoint adds the optimizer.
     """
     num_iterations, columns = args.num_self_play_iterations, game.train.columns
     checkpoint = model + (0 if args.save_only_model else optimizer)
@@ -197,15 +197,15 @@ def check_disk(output_dir: str, disk: dict[str, float]):
 def warn_of_lost_updates(trained: list[torch.nn.Parameter], learning_rate: float):
     """
     Warns if the weights are trained in bfloat16 and the learning rate is so small that most updates round away. An
-    Adam-like optimizer moves a weight by about the learning rate, and bfloat16 keeps a change of a weight w only if it is
-    larger than |w|/512.
+    Adam-like optimizer moves a weight by about the learning rate, and bfloat16 keeps a change of a weight w only if it
+    is larger than |w|/512.
     """
     trained = [p for p in trained if p.dtype == torch.bfloat16]
     total = sum(p.numel() for p in trained)
     lost = sum((p.abs() > 512 * learning_rate).sum().item() for p in trained)
     if lost > total / 2:
         logger.warning(
-            f"The model is trained in bfloat16 with a learning rate of {learning_rate:g}: for {lost / total:.0%} of its "
-            "weights a step of this size rounds away. Load it in float32 and compute in bfloat16 (`dtype='float32'`, "
-            "`bf16=True`), train an adapter, or raise the learning rate."
+            f"The model is trained in bfloat16 with a learning rate of {learning_rate:g}: for {lost / total:.0%} of "
+            "its weights a step of this size rounds away. Load it in float32 and compute in bfloat16 "
+            "(`dtype='float32'`, `bf16=True`), train an adapter, or raise the learning rate."
         )

@@ -152,8 +152,8 @@ class SharedPrefixDPOTrainer(DPOTrainer):
 
     def forward_pairs(self, model: torch.nn.Module, **kwargs):
         """
-        Takes the place of `model(**kwargs)` for a batch of chosen and rejected sequences. Log-probs are computed in the
-        layout that was chosen, logits always in DPOTrainer's.
+        Takes the place of `model(**kwargs)` for a batch of chosen and rejected sequences. Log-probs are computed in
+        the layout that was chosen, logits always in DPOTrainer's.
 
         Args:
             model (`nn.Module`):

@@ -61,8 +61,8 @@ class CompletionsCallback(TrainerCallback):
 
 class ProbeCallback(TrainerCallback):
     """
-    Lets each model complete a few fixed prompts, and shows them beside the earlier ones, below a table of the iterations
-    so far. The seeds are the same in every iteration, so that only the model differs.
+    Lets each model complete a few fixed prompts, and shows them beside the earlier ones, below a table of the
+    iterations so far. The seeds are the same in every iteration, so that only the model differs.
     """
 
     def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, engine: Engine):

@@ -26,7 +26,8 @@ from .objectives import OBJECTIVES, TRL_LOSSES, check_objectives
 
 # Options with a value for each iteration
 PER_ITERATION = ("learning_rate", "num_train_epochs", "beta", "sft_weight")
-# Options of `DPOConfig` and `TrainingArguments` that contradict self-play: name -> (the value that is accepted, reason).
+# Options of `DPOConfig` and `TrainingArguments` that contradict self-play: name -> (the value that is accepted,
+# reason).
 _FIXED_OPTIONS = {
     "precompute_ref_log_probs": (True, "the reference, which is the policy itself, is scored once per iteration"),
     "ld_alpha": (None, "the reference log-probs of SPIN are sums over whole completions"),
@@ -92,20 +93,20 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             Peak learning rate of an iteration. A list gives one value per iteration; its last value is used for all
             further iterations. The schedule, warm-up included, restarts at each iteration.
         beta (`list[float]`, *optional*, defaults to `[1.0]`):
-            λ of the SPIN paper (Equation 4.7). Higher λ means a smaller step away from the opponent: trained to its end,
-            an iteration lands on the data at `1.0`, and overshoots below `0.5`. A list gives one value per iteration;
-            its last value is used for all further iterations.
+            λ of the SPIN paper (Equation 4.7). Higher λ means a smaller step away from the opponent: trained to its
+            end, an iteration lands on the data at `1.0`, and overshoots below `0.5`. A list gives one value per
+            iteration; its last value is used for all further iterations.
         opponent_history (`int`, *optional*, defaults to `0`):
-            Number h of earlier opponents whose completions stay in play. With h > 0, each prompt is paired in turn, from
-            one pass to the next, with the completions of the newest opponent and of the h before it, all scored under
-            the current reference: it takes K passes to play every pair of K opponents once.
+            Number h of earlier opponents whose completions stay in play. With h > 0, each prompt is paired in turn,
+            from one pass to the next, with the completions of the newest opponent and of the h before it, all scored
+            under the current reference: it takes K passes to play every pair of K opponents once.
         reset_optimizer_state (`bool`, *optional*, defaults to `True`):
             Whether to reset the optimizer's state at each iteration, as separate runs would.
         initial_loss_tolerance (`float`, *optional*):
             How far from ℓ(0) (log 2 for the logistic loss) an iteration may start. The policy is the reference at that
-            point, so the log-ratio of a completion must be 0. In the mean of the first batch it may deviate by this many
-            nats times the square root of the completion's length, as rounding errors do. Anything more means a wrong
-            reference, and the run stops. Defaults to `1e-3` in float32 and to `0.1` in mixed or half precision.
+            point, so the log-ratio of a completion must be 0. In the mean of the first batch it may deviate by this
+            many nats times the square root of the completion's length, as rounding errors do. Anything more means a
+            wrong reference, and the run stops. Defaults to `1e-3` in float32 and to `0.1` in mixed or half precision.
         early_stopping (`bool`, *optional*, defaults to `False`):
             Whether to end the game after an iteration if held-out real and generated completions can no longer be told
             apart (the 95% interval of the accuracy covers one half), or if `metric_for_best_iteration` says that the
@@ -114,16 +115,16 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             Whether to end with the best model by `metric_for_best_iteration`, which may be the one that self-play
             started from.
         metric_for_best_iteration (`str`, *optional*, defaults to `"eval_nll/real"`):
-            Metric that compares iterations: `"eval_nll/real"`, the negative log-likelihood of held-out real completions
-            (lower is better), or `"eval_completions/<name>"` for a number of `compute_completion_metrics` (higher is
-            better). With several evaluation sets, `"eval_<dataset>_nll/real"` and so on.
+            Metric that compares iterations: `"eval_nll/real"`, the negative log-likelihood of held-out real
+            completions (lower is better), or `"eval_completions/<name>"` for a number of `compute_completion_metrics`
+            (higher is better). With several evaluation sets, `"eval_<dataset>_nll/real"` and so on.
         share_prefix (`bool`, *optional*, defaults to `True`):
-            Whether the two completions of a pair go through the model in one row, so that their prompt is computed once.
-            Results are the same up to rounding. Models for which they are not are detected at the start and keep the two
-            padded rows of [`~trl.DPOTrainer`], as all models do with `False`.
+            Whether the two completions of a pair go through the model in one row, so that their prompt is computed
+            once. Results are the same up to rounding. Models for which they are not are detected at the start and keep
+            the two padded rows of [`~trl.DPOTrainer`], as all models do with `False`.
         dry_run (`bool`, *optional*, defaults to `False`):
-            Whether to stop after the preflight: the plan is printed, and two rows have gone through generation, scoring
-            and the loss.
+            Whether to stop after the preflight: the plan is printed, and two rows have gone through generation,
+            scoring and the loss.
 
         > Parameters that control the objective
 
@@ -172,9 +173,9 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             `self_play/run.json` for when the run is resumed. Lower it if generation runs out of memory. Completions do
             not depend on it, up to the rounding of the log-probs.
         truncated_completions (`str`, *optional*, defaults to `"keep"`):
-            What to do with pairs whose generated completion was cut at `max_completion_length` or `max_length`. `"keep"`
-            leaves it open, without an end token; `"drop"` leaves the pair out; `"cut_real"` cuts the real completion to
-            the same length, so that length alone does not tell the two apart.
+            What to do with pairs whose generated completion was cut at `max_completion_length` or `max_length`.
+            `"keep"` leaves it open, without an end token; `"drop"` leaves the pair out; `"cut_real"` cuts the real
+            completion to the same length, so that length alone does not tell the two apart.
         play_empty_completions (`bool`, *optional*, defaults to `False`):
             Whether pairs with an empty generated completion take part. They are counted in either case.
         vllm_max_model_length (`int`, *optional*):
@@ -293,7 +294,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             raise ValueError(f"`use_weighting` is an option of TRL's losses, and does nothing for {self.loss_type}.")
         if max(self.per_iteration("sft_weight")) > 0 and "sft" in self.loss_type:
             raise ValueError(
-                f"`sft_weight={self.sft_weight}` and `loss_type={self.loss_type}` are the same anchor: leave one unset."
+                f"`sft_weight={self.sft_weight}` and `loss_type={self.loss_type}` are the same anchor: unset one."
             )
         chosen_engine(self)
 

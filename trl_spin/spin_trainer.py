@@ -80,10 +80,10 @@ class SPINTrainer(SharedPrefixDPOTrainer):
     Language Models](https://huggingface.co/papers/2401.01335).
 
     The only changes w.r.t. [`~trl.DPOTrainer`] are: it takes SFT data and the model itself generates the other side of
-    each pair; `train()` plays `num_self_play_iterations` iterations, each against the model that the last one left; the
-    reference is that same model, scored once per iteration, so there is no second model in memory; and learning rate,
-    its schedule, λ (`beta`) and the number of passes belong to the iteration. With the logistic loss (`"sigmoid"`, the
-    default), iteration t minimizes Equation 4.7 of the paper:
+    each pair; `train()` plays `num_self_play_iterations` iterations, each against the model that the last one left;
+    the reference is that same model, scored once per iteration, so there is no second model in memory; and learning
+    rate, its schedule, λ (`beta`) and the number of passes belong to the iteration. With the logistic loss
+    (`"sigmoid"`, the default), iteration t minimizes Equation 4.7 of the paper:
 
     $$ L(\theta) = \mathbb{E}\left[\ell\left(\lambda \log \frac{p_\theta(y|x)}{p_{\theta_t}(y|x)} - \lambda \log
     \frac{p_\theta(y'|x)}{p_{\theta_t}(y'|x)}\right)\right], \quad y' \sim p_{\theta_t}(\cdot|x) $$
@@ -116,8 +116,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             SFT data: `messages`; `prompt` and `completion`, as text or messages; preferences, of which `chosen` is
             used; `real` completions as in the official SPIN data; or ShareGPT `conversations`.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
-            Held-out data in the same formats. The same game is played on it: the opponent completes it at the start, and
-            it is evaluated at the end of every iteration.
+            Held-out data in the same formats. The same game is played on it: the opponent completes it at the start,
+            and it is evaluated at the end of every iteration.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             See [`~trl.DPOTrainer`].
         compute_metrics (`Callable`, *optional*):
@@ -135,9 +135,9 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             that returns numbers by name, better when higher, such as the share of exact matches. They are logged as
             `eval_completions/<name>`: of the model that self-play starts from, and of each iteration's.
         objective (`Callable`, *optional*):
-            Objective of your own, in the place of `loss_type`: a function `f(real_logratios, generated_logratios, beta)`
-            of the log-ratios log p_θ/p_θt of the real and of the generated completions, two tensors of shape (batch,),
-            and of λ, that returns the loss of each pair.
+            Objective of your own, in the place of `loss_type`: a function `f(real_logratios, generated_logratios,
+            beta)` of the log-ratios log p_θ/p_θt of the real and of the generated completions, two tensors of shape
+            (batch,), and of λ, that returns the loss of each pair.
     """
 
     _tag_names = ["trl", "spin"]
@@ -266,7 +266,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def forward_pairs(self, model, played=None, **kwargs):
-        """Keeps the log-probs of the completions, and gives pairs that are not played no gradient, whatever the loss."""
+        """Keeps the log-probs of the completions, and gives pairs that are not played no gradient in any loss."""
         outputs = super().forward_pairs(model, **kwargs)
         if kwargs.get("fused_lm_head"):
             if played is not None:
@@ -279,7 +279,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
     def compute_ref_log_probs(self, model, inputs):
         """
-        Summed log-probs of real and generated completions under the reference: the model as it stands, adapter included.
+        Summed log-probs of real and generated completions under the reference: the model as it stands, adapter
+        included.
 
         DPOTrainer's method would disable the adapter and score with the model of iteration 0.
         """
@@ -287,8 +288,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             return self.token_logps(model, inputs).sum(dim=1).chunk(2, dim=0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # SPIN's names for the two sides. DPOTrainer averages what it finds and puts "eval_" in front for evaluation, also
-        # where there are several datasets, "eval_a" and "eval_b" (trl 1.16)
+        # SPIN's names for the two sides. DPOTrainer averages what it finds and puts "eval_" in front for evaluation,
+        # also where there are several datasets, "eval_a" and "eval_b" (trl 1.16)
         mode = "train" if self.model.training else "eval"
         losses = [key for key in logs if mode == "eval" and key.startswith("eval_") and key.endswith("_loss")]
         dataset = losses[0].removeprefix("eval_").removesuffix("loss") if losses else ""
@@ -348,8 +349,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True` continues from the newest checkpoint in `output_dir`, or from the beginning if there is none yet:
-                the same call starts a run and continues it. A path names the checkpoint.
+                `True` continues from the newest checkpoint in `output_dir`, or from the beginning if there is none
+                yet: the same call starts a run and continues it. A path names the checkpoint.
             trial:
                 See [`~transformers.Trainer.train`].
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -420,7 +421,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
     def set_initial_training_values(self, args, dataloader):
         if len(dataloader) == 0:
-            batch = f"one batch of {args.per_device_train_batch_size} on each of {self.accelerator.num_processes} processes"
+            batch = f"one batch of {args.per_device_train_batch_size} on each of {args.world_size} processes"
             remedy = "lower `per_device_train_batch_size`, or set `dataloader_drop_last=False`"
             raise ValueError(f"{len(self.game.train)} rows do not fill {batch}: {remedy}.")
         # `num_train_epochs` counts passes per iteration, the Trainer counts all of them

@@ -37,7 +37,8 @@ from ..run.processes import Processes
 # only between batches are completions committed and signals heard
 LARGE_BATCH = 4096
 
-# Prompts, their seeds, and the number of tokens to generate at most -> generated ids; `None` if a signal cut them short
+# Prompts, their seeds, and the number of tokens to generate at most -> generated ids; `None` if a signal cut them
+# short
 Complete = Callable[[list[list[int]], list[int], int], list[list[int]] | None]
 
 
@@ -96,7 +97,7 @@ class Engine:
         """
 
     def batches(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Which prompts are completed together. By default large batches of about the same size, as many per process."""
+        """Which prompts are completed together. By default large batches of similar size, as many on each process."""
         num_processes = self.accelerator.num_processes
         rounds = math.ceil(len(prompts) / (num_processes * LARGE_BATCH))
         num_batches = min(len(prompts), rounds * num_processes)
@@ -172,8 +173,9 @@ def chosen_engine(args: Any) -> type[Engine]:
             raise ValueError(f"`{name}={getattr(args, name)!r}` means nothing {where}. Leave it unset.")
     if reserved := sorted((args.generation_kwargs or {}).keys() & engine.reserved):
         raise ValueError(
-            f"`generation_kwargs` holds {reserved}, but each prompt gets one completion, sampled with options of their own "
-            "(`temperature`, `top_p`, `top_k`, `min_p`) and ended by the chat template's end tokens. Remove them."
+            f"`generation_kwargs` holds {reserved}, but each prompt gets one completion, sampled with options of "
+            "their own (`temperature`, `top_p`, `top_k`, `min_p`) and ended by the chat template's end tokens. Remove "
+            "them."
         )
     engine.check(args)
     return engine

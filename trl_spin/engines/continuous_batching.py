@@ -35,8 +35,8 @@ _ON_CPU = {"page_size": 32, "max_batch_tokens": 512, "max_requests_per_batch": 3
 @contextmanager
 def _weights_in_autocast_dtype(model: torch.nn.Module, accelerator: Accelerator) -> Iterator[None]:
     # Autocast holds in one thread, and continuous batching computes in another. Where accelerate's wrapper turns it on
-    # there, float32 keys and bfloat16 values meet a cache of one dtype, and it fails (transformers 5.23). So the layers
-    # get cast copies of their weights, which autocast would make as well, in place of the weights. The weights
+    # there, float32 keys and bfloat16 values meet a cache of one dtype, and it fails (transformers 5.23). So the
+    # layers get cast copies of their weights, which autocast would make as well, in place of the weights. The weights
     # themselves stay as they are: an assignment to their `data` would lose the hooks that DDP has on their gradients
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     cast = [weight for weight in model.parameters() if dtype is not None and weight.dtype == torch.float32]
@@ -106,11 +106,11 @@ class ContinuousBatching(Engine):
                 if errors or len(outputs) < len(prompts):
                     failed = len(prompts) - len(outputs) + len(errors)
                     raise ValueError(
-                        f"Continuous batching failed on {failed} of {len(prompts)} prompts: {(errors or ['missing'])[0]}. "
-                        "If memory is the matter, set `num_blocks`, `max_batch_tokens`, `max_requests_per_batch` or "
-                        "`max_memory_percent` in `transformers_continuous_batching_config` "
-                        f"({args.transformers_continuous_batching_config}). Or leave "
-                        "`use_transformers_continuous_batching` unset, here and on resume."
+                        f"Continuous batching failed on {failed} of {len(prompts)} prompts: "
+                        f"{(errors or ['missing'])[0]}. If memory is the matter, set `num_blocks`, "
+                        "`max_batch_tokens`, `max_requests_per_batch` or `max_memory_percent` in "
+                        f"`transformers_continuous_batching_config` ({args.transformers_continuous_batching_config}). "
+                        "Or leave `use_transformers_continuous_batching` unset, here and on resume."
                     )
                 return [output.generated_tokens for output in outputs.values()]
 

@@ -67,9 +67,9 @@ class SampleByRow(LogitsProcessor):
     Makes the argmax of the scores a sample from their softmax, with random numbers of its own for each row.
 
     `argmax(scores - log(E))` with independent `E ~ Exp(1)` is an exact sample from `softmax(scores)` (the Gumbel-max
-    trick: `-log(E)` is Gumbel noise). The noise of a row is a function of its seed, of the step and of the token, so its
-    sample depends neither on the rest of the batch, nor on the number of processes, nor on the device, nor on what was
-    sampled before.
+    trick: `-log(E)` is Gumbel noise). The noise of a row is a function of its seed, of the step and of the token, so
+    its sample depends neither on the rest of the batch, nor on the number of processes, nor on the device, nor on what
+    was sampled before.
     """
 
     def __init__(self, seeds: list[int], device: torch.device):
@@ -118,8 +118,8 @@ class Generate(Engine):
     @contextmanager
     def open(self, model: torch.nn.Module) -> Iterator[Complete]:
         args, stop, pad_token_id = self.args, self.processes.stop, self.rules.tokenizer.pad_token_id
-        # The config is complete: the model's own sampling settings (a temperature of 0.6, say) would make the completions
-        # come from another distribution than p_θ. `SampleByRow` turns the argmax into a sample
+        # The config is complete: the model's own sampling settings (a temperature of 0.6, say) would make the
+        # completions come from another distribution than p_θ. `SampleByRow` turns the argmax into a sample
         options = {"do_sample": False, "repetition_penalty": args.repetition_penalty, "use_cache": True}
         options |= {"eos_token_id": self.rules.end_token_ids, "pad_token_id": pad_token_id}
         options |= {"cache_implementation": args.cache_implementation} | (args.generation_kwargs or {})

@@ -66,8 +66,9 @@ class VLLM(Engine):
     """.split()
 
     Options = grpo_options("""
-        use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port
-        vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size
+        use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url vllm_server_host
+        vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length
+        vllm_tensor_parallel_size
     """)
 
     _generation = None  # made at its first use: the trial run before the first iteration
@@ -88,14 +89,14 @@ class VLLM(Engine):
             raise ImportError("`use_vllm=True` needs vLLM: `pip install trl-spin[vllm]`, or leave `use_vllm` unset.")
         if getattr(model, "is_quantized", False):
             raise ValueError(
-                f"vLLM cannot generate with a model quantized by {model.quantization_method.value}: the adapter, merged "
-                "into quantized weights, is rounded, and the opponent would not be the reference. Leave `use_vllm` unset, "
-                "or set `use_transformers_continuous_batching`."
+                f"vLLM cannot generate with a model quantized by {model.quantization_method.value}: the adapter, "
+                "merged into quantized weights, is rounded, and the opponent would not be the reference. Leave "
+                "`use_vllm` unset, or set `use_transformers_continuous_batching`."
             )
         if args.vllm_mode == "colocate" and not getattr(model, "name_or_path", "loaded by name"):
             raise ValueError(
-                "vLLM builds its model from files, and this model was loaded from none (its `name_or_path` is empty). Save "
-                "it with `save_pretrained`, its tokenizer too, and pass the path instead."
+                "vLLM builds its model from files, and this model was loaded from none (its `name_or_path` is empty). "
+                "Save it with `save_pretrained`, its tokenizer too, and pass the path instead."
             )
 
     def _connect(self, model: PreTrainedModel | PeftModel):

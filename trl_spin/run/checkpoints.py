@@ -41,8 +41,8 @@ class Checkpoints:
     @contextmanager
     def saving(self, args: SPINConfig, state: TrainerState, schedule: Schedule):
         """
-        The Trainer writes its checkpoint under a temporary name in here. It gets its own name when it is complete and on
-        disk, and older ones are removed.
+        The Trainer writes its checkpoint under a temporary name in here. It gets its own name when it is complete and
+        on disk, and older ones are removed.
         """
         name, best = f"checkpoint-{state.global_step}", state.best_model_checkpoint
         staged, final = Path(args.output_dir) / _STAGING / name, Path(args.output_dir) / name

@@ -82,8 +82,8 @@ def write_completions(directory: Path, name: str, completions: list[dict[str, An
 
 def read_completions(output_dir: str, request: Request, names: list[str]) -> dict[str, dict[int, dict]]:
     """
-    Completions for the same request that a stopped run left behind, by name of the dataset and index: committed shards,
-    or a stored game of which a part is damaged. What is damaged is named and left out.
+    Completions for the same request that a stopped run left behind, by name of the dataset and index: committed
+    shards, or a stored game of which a part is damaged. What is damaged is named and left out.
     """
     sources = []  # name of the dataset, file, checksum, index of its first row
     for name in names:

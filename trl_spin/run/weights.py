@@ -51,7 +51,7 @@ def check_finite_weights(model: torch.nn.Module, step: int, iteration: int):
     bad = [name for name in gather_object([bad]) if name is not None]
     if bad:
         raise ValueError(
-            f"After step {step} (iteration {iteration}) the weights are not finite (the first is {bad[0]}). They are not "
-            "saved, so the last checkpoint and iteration are intact. Lower `learning_rate`, set `max_grad_norm`, or train "
-            "in bfloat16 or float32 instead of float16."
+            f"After step {step} (iteration {iteration}) the weights are not finite (the first is {bad[0]}). They are "
+            "not saved, so the last checkpoint and iteration are intact. Lower `learning_rate`, set `max_grad_norm`, "
+            "or train in bfloat16 or float32 instead of float16."
         )
