@@ -107,6 +107,20 @@ def test_the_estimate_is_close_to_what_training_takes(tmp_path):
     assert not far_off
 
 
+def test_the_estimate_is_made_with_real_completions_in_full(tmp_path, monkeypatch):
+    planned, plan_memory = [], preflight.plan_memory
+    monkeypatch.setattr(
+        preflight,
+        "plan_memory",
+        lambda trainer, forward, *args: planned.append(args[0]) or plan_memory(trainer, forward, *args),
+    )
+    rows = Dataset.from_list([{"prompt": "x" * 20, "completion": "y" * 30}] * 4)
+    kwargs = {"truncated_completions": "cut_real", "max_completion_length": 6, "dry_run": True}
+    make_trainer(tmp_path, dataset=rows, **kwargs).train()
+    (pair,) = planned
+    assert [len(pair[f"{part}_ids"]) for part in ("chosen", "rejected")] == [31, 6]  # with its end token
+
+
 def optimizer_after_a_run(tmp_path, **kwargs):
     """Weights, what the state of their optimizer was estimated at, and its size once it is there, in bytes."""
     model = make_model(make_tokenizer(), hidden_size=128)
