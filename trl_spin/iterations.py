@@ -27,7 +27,7 @@ from .callbacks import SelfPlayCallback
 from .measures import last_logs
 from .pairs import Game
 from .report.signals import judge
-from .run.files import RECORD, explain_write_error, model_dir, read_records, write_json
+from .run.files import RECORD, RECORDED_OPTIONS, explain_write_error, model_dir, read_records, write_json
 from .run.games import read_manifest, remove_completions
 from .run.processes import Processes
 from .run.weights import check_finite_weights
@@ -225,8 +225,7 @@ class IterationCallback(TrainerCallback):
         if trainer.is_world_process_zero():
             manifest = read_manifest(args.output_dir, iteration)
             logs = last_logs(trainer.state.log_history, self.game.schedule.starts[iteration])
-            settings = ("beta", "learning_rate", "num_train_epochs")
-            settings = {name: args.per_iteration(name)[iteration] for name in settings}
+            settings = {name: args.per_iteration(name)[iteration] for name in RECORDED_OPTIONS}
             record = {"iteration": iteration, **manifest["metrics"], **logs, **settings}
             verdict = self.best_metric.judge(iteration, logs)[1]
             write_json(directory / RECORD, record | {"warnings": manifest["warnings"], "verdict": verdict})

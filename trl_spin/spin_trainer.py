@@ -41,7 +41,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .callbacks import SelfPlayCallback
-from .compat import check_forward, no_model_hash, prepare_model
+from .compat import check_forward, no_model_hash, prepare_model, replaced
 from .data import RowReader, hold_out
 from .engines import Generate, chosen_engine
 from .iterations import BestIterationCallback, BestMetric, CompletionMetricsCallback, IterationCallback
@@ -456,11 +456,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         """
         if self.hub_model_id is None:  # the repository is called after the output directory
             self.init_hf_repo(token=kwargs.get("token"), private=kwargs.get("private"))
-        output_dir, self.args.output_dir = self.args.output_dir, str(Path(self.args.output_dir) / "hub")
-        try:
+        with replaced(self.args, "output_dir", str(Path(self.args.output_dir) / "hub")):
             return super().push_to_hub(*args, **kwargs)
-        finally:
-            self.args.output_dir = output_dir
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         if not self.is_world_process_zero():

@@ -26,11 +26,8 @@ import numpy as np
 import pandas
 from pyarrow import Table, compute
 
-from ..run.files import HISTORY, PROBES, RECORD, SETTINGS, game_dir, model_dir, read_json
+from ..run.files import HISTORY, PROBES, RECORD, RECORDED_OPTIONS, SETTINGS, game_dir, model_dir, read_json
 from ..run.games import load_game, read_manifest
-
-
-PER_ITERATION = ("beta", "learning_rate", "num_train_epochs")
 
 
 @dataclass
@@ -149,7 +146,7 @@ def _read_iteration(run: Run, number: int):
         table = pairs.data.table
         # Completions by earlier opponents belong to earlier iterations
         completions[name] = _measure(table.filter(compute.equal(table["opponent"], number)))
-    planned = {key: run.settings[key][number] for key in PER_ITERATION if number < len(run.settings.get(key, []))}
+    planned = {key: run.settings[key][number] for key in RECORDED_OPTIONS if number < len(run.settings.get(key, []))}
     run.iterations.append(Iteration(number, manifest, record, planned | manifest["metrics"] | record, completions))
 
 

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from transformers import TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
+from ..compat import replaced
 from ..schedule import Schedule
 from ..spin_config import SPINConfig
 from .files import explain_write_error
@@ -47,11 +48,8 @@ class Checkpoints:
         name, best = f"checkpoint-{state.global_step}", state.best_model_checkpoint
         staged, final = Path(args.output_dir) / _STAGING / name, Path(args.output_dir) / name
         with explain_write_error(args.output_dir):
-            self.staging = str(staged.parent)
-            try:
+            with replaced(self, "staging", str(staged.parent)):
                 yield
-            finally:
-                self.staging = None
             if state.best_model_checkpoint != best:  # for the Trainer, the temporary name is the final one
                 state.best_model_checkpoint = str(final)
                 if args.should_save:

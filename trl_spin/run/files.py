@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 MANIFEST, PROBES = "manifest.json", "probes.json"
 HISTORY, SETTINGS = "log_history.json", "run.json"
 RECORD = "self_play.json"
+# Options of an iteration that stand in its record
+RECORDED_OPTIONS = ("beta", "learning_rate", "num_train_epochs")
 
 
 def game_dir(output_dir: str | Path, iteration: int) -> Path:
