@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What DPOTrainer and bitsandbytes do to a model that self-play cannot use, until the named versions change it."""
+"""What self-play works around in TRL, transformers and bitsandbytes, until the named versions change it."""
 
 import inspect
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from typing import Any
 import trl.trainer.dpo_trainer
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 
 @contextmanager
@@ -41,6 +41,31 @@ def no_model_hash() -> AbstractContextManager:
     # DPOTrainer hashes all weights to recognize log-probs that it has cached (trl 1.16): a minute for a model of 7B.
     # Self-play caches none
     return replaced(trl.trainer.dpo_trainer, "hash_module", lambda model: "")
+
+
+def rename_checkpointing_options(args: TrainingArguments):
+    """Gives the options of gradient checkpointing the names that transformers has for them from 5.20 on."""
+    # There, the old ones go on to work, with a warning. Before, there are no others
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        if getattr(args, new, args) is None:
+            setattr(args, new, getattr(args, old))
+
+
+def enable_checkpointing(model: PreTrainedModel | PeftModel, args: TrainingArguments):
+    """Turns gradient checkpointing on, with the options that the Trainer knows."""
+    kwargs = dict(args.gradient_checkpointing_kwargs or {})
+    # These are for the model, all others for torch
+    options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    # Its name from transformers 5.20 on, and the one before
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs or None, **options)
+
+
+def checkpointing_hidden() -> AbstractContextManager:
+    """Hides gradient checkpointing from TRL while a model in evaluation mode generates, where nothing is checkpointed."""
+    # TRL would turn it off and on again, with other options than the Trainer had, and by its deprecated names (trl 1.16)
+    return replaced(PreTrainedModel, "is_gradient_checkpointing", False)
 
 
 def prepare_model(model: PreTrainedModel | PeftModel, disable_dropout: bool):

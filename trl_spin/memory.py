@@ -26,7 +26,7 @@ import trl.trainer.utils
 from accelerate.utils.memory import clear_device_cache
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
-from .engines.base import enable_checkpointing
+from .compat import enable_checkpointing
 from .run.processes import Processes
 from .shared_prefix_trainer import SharedPrefixDPOTrainer
 

@@ -20,6 +20,7 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 from trl import DPOConfig
 
+from .compat import rename_checkpointing_options
 from .engines import ENGINES, SamplingOptions, chosen_engine
 from .objectives import OBJECTIVES, TRL_LOSSES, check_objectives
 
@@ -277,7 +278,8 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
 
         # The parent class fills a DeepSpeed config with the learning rate, which must be a number there.
         learning_rate, self.learning_rate = self.learning_rate, self.per_iteration("learning_rate")[0]
-        undecided = self.gradient_checkpointing is None and self.activation_checkpointing is None
+        rename_checkpointing_options(self)
+        undecided = getattr(self, "activation_checkpointing", self.gradient_checkpointing) is None
         super().__post_init__()
         self.learning_rate = learning_rate
         if undecided:  # which the parent class takes for `False`

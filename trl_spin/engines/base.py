@@ -29,6 +29,7 @@ from trl import GRPOConfig
 from trl.distributed import DistributedBackend
 from trl.models.utils import unwrap_model_for_generation
 
+from ..compat import checkpointing_hidden
 from ..pairs import Rules
 from ..run.processes import Processes
 
@@ -186,24 +187,14 @@ def forked_rng(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
-def enable_checkpointing(model: PreTrainedModel | PeftModel, args: Any):
-    """Turns gradient checkpointing on, with the options that the Trainer knows."""
-    kwargs = dict(args.gradient_checkpointing_kwargs or {})
-    # These are for the model, all others for torch
-    options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
-    # The name that all versions of transformers before 6 have
-    model.gradient_checkpointing_enable(kwargs or None, **options)
-
-
 @contextmanager
 def ready_to_generate(
     model: torch.nn.Module, accelerator: Accelerator, args: Any
 ) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedModel]]:
     """The unwrapped model in evaluation mode, and the one inside its adapter, which has no generation config."""
-    was_training, was_checkpointing = model.training, accelerator.unwrap_model(model).is_gradient_checkpointing
-    unwrapped = unwrap_model_for_generation(model, accelerator, args.ds3_gather_for_generation)
+    was_training, unwrapped = model.training, unwrap_model_for_generation(model, accelerator, args.ds3_gather_for_generation)
     all_weights = DistributedBackend(accelerator).summon_full_params(model, recurse=False)
-    with unwrapped as unwrapped_model, all_weights:
+    with checkpointing_hidden(), unwrapped as unwrapped_model, all_weights:
         unwrapped_model.eval()
         # `generate` fills gaps in a config from the model's own config: leave it nothing to take
         base_model = unwrapped_model.get_base_model() if isinstance(unwrapped_model, PeftModel) else unwrapped_model
@@ -213,6 +204,3 @@ def ready_to_generate(
         finally:
             base_model.generation_config = own_config
             model.train(was_training)
-    if was_checkpointing:  # TRL turns it on again with other options than the Trainer had (trl 1.16)
-        unwrapped_model.gradient_checkpointing_disable()
-        enable_checkpointing(unwrapped_model, args)
