@@ -14,7 +14,7 @@
 
 """
 SPIN from zephyr-7b-sft-full with the recipe of the paper (arXiv 2401.01335), in Python. The same from a shell, with
-every option on the command line: `trl-spin --config examples/zephyr_7b.yaml`.
+every option on the command line: `trl-spin --config zephyr_7b`.
 
 Full fine-tuning, 8 GPUs:
 
@@ -82,6 +82,7 @@ trainer = SPINTrainer(
     "alignment-handbook/zephyr-7b-sft-full",
     args=args,
     train_dataset=load_dataset("HuggingFaceH4/ultrachat_200k", split="train_sft"),
+    eval_dataset=load_dataset("HuggingFaceH4/ultrachat_200k", split="test_sft[:500]"),
     quantization_config=quantization_config if qlora else None,
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if qlora else None,
 )

@@ -16,15 +16,19 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import make_args, make_dataset, make_model, make_tokenizer
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from safetensors.torch import load_file
+from trl import DatasetMixtureConfig
 
-from trl_spin import SPINTrainer
+from trl_spin import SPINConfig, SPINTrainer
 from trl_spin.__main__ import main
+from trl_spin.run.games import load_game
+from trl_spin.sources import DataArguments, load_data
 
 
 OPTIONS = {
@@ -69,7 +73,7 @@ def command_line(sft, output_dir, **options):
 
 def run(monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["trl-spin", *arguments])
-    main()
+    assert main() is None  # which becomes the exit code
 
 
 def assert_equal_weights(*paths):
@@ -87,7 +91,7 @@ def test_python_command_and_accelerate_launch_give_the_same_run(sft, monkeypatch
         train_dataset=load_dataset("json", data_files=str(sft / "data.jsonl"), split="train"),
     )
     trainer.train()
-    run(monkeypatch, command_line(sft, "command"))
+    run(monkeypatch, command_line(sft, "command", resume_from_checkpoint=False))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "trl_spin"]
     result = subprocess.run(
         [*launch, *command_line(sft, "accelerate")], capture_output=True, text=True, env=os.environ | {"CI": "1"}
@@ -119,7 +123,7 @@ def test_the_command_line_overrides_yaml(sft, monkeypatch):
 
     recipe["betta"] = 1.0
     (sft / "recipe.yaml").write_text(json.dumps(recipe))
-    with pytest.raises(ValueError, match="betta"):
+    with pytest.raises(SystemExit, match="betta"):
         run(monkeypatch, ["--config", str(sft / "recipe.yaml")])
 
 
@@ -135,9 +139,9 @@ def test_a_mixture_of_datasets_and_evaluation(sft, monkeypatch):
     run(monkeypatch, ["--config", str(sft / "mixture.yaml"), *arguments])
     record = json.loads((sft / "run" / "iteration-1" / "self_play.json").read_text())
     assert record["eval_nll/real"] > 0
-    with pytest.raises(ValueError, match="exactly one source"):
+    with pytest.raises(SystemExit, match="exactly one source"):
         run(monkeypatch, arguments)
-    with pytest.raises(ValueError, match="model_name_or_path"):
+    with pytest.raises(SystemExit, match="model_name_or_path"):
         run(monkeypatch, ["--output_dir", str(sft / "run2"), "--use_cpu", "--dataset_name", "data.jsonl"])
 
 
@@ -158,7 +162,7 @@ def test_qlora_by_flags_alone(sft, monkeypatch):
     assert layer.base_layer.compute_dtype == torch.bfloat16
     assert sorted(p.name for p in (sft / "run" / "iteration-1").glob("*.safetensors")) == ["adapter_model.safetensors"]
 
-    with pytest.raises(ValueError, match="--use_peft"):
+    with pytest.raises(SystemExit, match="--use_peft"):
         run(monkeypatch, [*command_line(sft, "run4"), "--load_in_4bit"])
 
 
@@ -166,7 +170,7 @@ def test_a_run_goes_on_with_more_iterations(sft, monkeypatch):
     options = {"save_strategy": "epoch", "lr_scheduler_type": "constant"}
     run(monkeypatch, command_line(sft, "straight", num_self_play_iterations=3, **options))
     run(monkeypatch, command_line(sft, "resumed", **options))
-    with pytest.raises(ValueError, match="--resume_from_checkpoint true"):
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint true"):
         run(monkeypatch, command_line(sft, "resumed", **options))
     run(monkeypatch, command_line(sft, "resumed", num_self_play_iterations=3, resume_from_checkpoint=True, **options))
     assert_equal_weights(*(sft / run / "iteration-2" / "model.safetensors" for run in ("straight", "resumed")))
@@ -178,8 +182,95 @@ def test_dry_run_leaves_no_model(sft, monkeypatch, capsys):
     assert not list((sft / "dry").rglob("*.safetensors"))
 
 
-def test_help_is_complete():
-    result = subprocess.run([sys.executable, "-m", "trl_spin", "--help"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    for option in ("num_self_play_iterations", "opponent_history", "load_in_4bit", "dataset_name", "datasets", "beta"):
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "json", "csv", "tsv", "parquet", "arrow", "folder", "splits"])
+def test_data_is_found_by_its_name(sft, suffix):
+    dataset = Dataset.from_json(str(sft / "data.jsonl"))
+    path = str(sft / f"my.{suffix}")
+    save = {
+        "jsonl.gz": partial(dataset.to_json, path, compression="gzip"),
+        "csv": partial(dataset.to_csv, path),
+        "tsv": partial(dataset.to_csv, path, sep="\t"),
+        "parquet": partial(dataset.to_parquet, path),
+        "arrow": lambda: dataset.save_to_disk(sft / "saved") or next((sft / "saved").glob("*.arrow")).rename(path),
+        "folder": partial(dataset.save_to_disk, path),
+        "splits": partial(DatasetDict(train=dataset, test=dataset.select(range(4))).save_to_disk, path),
+    }
+    save.get(suffix, partial(dataset.to_json, path))()
+    train, held_out = load_data(DataArguments(path, dataset_train_split="train[:5]"), DatasetMixtureConfig())
+    assert train[:] == dataset[:5]
+    assert held_out is None if suffix != "splits" else held_out[:] == dataset[:4]
+
+
+def test_held_out_data(sft, monkeypatch, capsys):
+    """The test split where there is one, a part of it, other rows, or another file."""
+    splits, dataset = str(sft / "splits"), Dataset.from_json(str(sft / "data.jsonl"))
+    DatasetDict(train=dataset, test=dataset.select(range(4))).save_to_disk(splits)
+    for options, said, num_rows in (
+        ({"dataset_name": splits}, "Held out: test, 4 rows", 4),
+        ({"dataset_name": splits, "dataset_test_split": "test[:3]"}, "Held out: test[:3], 3 rows", 3),
+        ({"dataset_name": splits, "held_out_size": 2}, None, 2),
+        ({"eval_dataset_name": sft / "data.jsonl", "eval_strategy": "epoch"}, "data.jsonl, 12 rows", 12),
+    ):
+        run(monkeypatch, command_line(sft, f"run-{num_rows}", **options, num_self_play_iterations=1))
+        game = load_game(str(sft / f"run-{num_rows}"), 0)
+        assert len(game["eval"]) == num_rows
+        record = json.loads((sft / f"run-{num_rows}" / "iteration-0" / "self_play.json").read_text())
+        assert record["eval_nll/real"] > 0
+        output = capsys.readouterr().out
+        assert said in output if said else "Held out" not in output
+
+
+def test_what_the_user_must_change_is_said_in_one_line(sft, monkeypatch):
+    (sft / "empty.jsonl").touch()
+    (sft / "broken.jsonl").write_text('{"question": "a"\n{"x"')
+    for options, message in (
+        ({"dataset_name": sft / "empty.jsonl"}, r"empty.jsonl' cannot be loaded: it is empty"),
+        ({"dataset_name": sft / "broken.jsonl"}, r"broken.jsonl' cannot be loaded: JSON parse error"),
+        ({"dataset_name": "missing.jsonl"}, r"'missing.jsonl' cannot be loaded"),
+        ({"dataset_train_split": "a[:1]", "dataset_test_split": "b"}, r"""Unknown split "b". .* \['a'\]"""),
+        ({"dataset_streaming": True}, "cannot be streamed"),
+        ({"beta": "high"}, "argument --beta: invalid float value: 'high'"),
+        ({"config": "zephyr"}, "none of the recipes: zephyr_7b, zephyr_7b_qlora"),
+        ({"config": sft / "data.jsonl"}, "expected .* but found"),
+    ):
+        with pytest.raises(SystemExit, match=f"^trl-spin: error: [^\n]*{message}[^\n]*$"):
+            run(monkeypatch, command_line(sft, "run", **options))
+    with pytest.raises(ValueError, match="cannot be streamed"):
+        run(monkeypatch, [*command_line(sft, "run", dataset_streaming=True), "--traceback"])
+    with pytest.raises(SystemExit, match=r"trl-spin evaluate OUTPUT_DIR"):
+        run(monkeypatch, [])
+    monkeypatch.setenv("RANK", "1")  # another process says it
+    with pytest.raises(SystemExit, match="^1$"):
+        run(monkeypatch, command_line(sft, "run", dataset_streaming=True))
+
+
+def test_faults_keep_their_traceback_and_ctrl_c_has_none(monkeypatch):
+    def fail(arguments):
+        eval(arguments[0])
+
+    monkeypatch.setattr("trl_spin.__main__.play", fail)
+    for code, error in (("{}['x']", KeyError), ("int('x')", ValueError), ("len(1)", TypeError)):
+        with pytest.raises(error):
+            run(monkeypatch, [code])
+
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_spin.__main__.play", interrupt)
+    with pytest.raises(SystemExit, match="^130$"):
+        run(monkeypatch, ["x"])
+
+
+def test_help(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    run(monkeypatch, ["--help"])
+    short = capsys.readouterr().out
+    own = SPINConfig.__annotations__.keys()
+    assert {f"--{name}" for name in own} <= {*short.split()} and len(short.splitlines()) < 150
+    for text in ("model_name_or_path", "control the game", "iterations (T in", "trl-spin report", "zephyr_7b_qlora"):
+        assert text in short
+    assert "--weight_decay" not in short
+    result = subprocess.run([sys.executable, "-m", "trl_spin", "--help_all"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+    for option in ("num_self_play_iterations", "weight_decay", "load_in_4bit", "dataset_name", "datasets", "beta"):
         assert f"--{option}" in result.stdout

@@ -104,4 +104,4 @@ if __name__ == "__main__":
     )
     decisions = trainer.model.is_activation_checkpointing, callback_of(trainer, SelfPlayCallback).engine.token_budget
     Path(f"{sys.argv[1]}-{os.environ['RANK']}.json").write_text(json.dumps(decisions))
-    trainer.end()  # a process that left before the other was done would be aborted
+    trainer.accelerator.end_training()  # a process that left before the other was done would be aborted

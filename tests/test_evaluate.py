@@ -12,10 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""`examples/evaluate.py` with the real lm-evaluation-harness, on tiny models and a local task."""
+"""`trl-spin evaluate` with the real lm-evaluation-harness, on tiny models and a local task."""
 
 import json
-import runpy
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,10 +26,13 @@ from transformers import AutoModelForCausalLM
 
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs `pip install trl-spin[eval]`")
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from trl_spin.__main__ import main  # noqa: E402
+from trl_spin.evaluate import LEADERBOARD  # noqa: E402
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "evaluate.py"
+
 CHOICES = ["red", "green", "blue", "grey"]
 ROWS = [{"question": f"Colour {i}?", "choices": CHOICES, "label": i % 4} for i in range(24)]
 TASK = """
@@ -67,10 +69,10 @@ def sft(tmp_path):
 
 def evaluate(monkeypatch, sft, *arguments):
     arguments = [*arguments, "--tasks", "colours", "--include_path", sft, "--device", "cpu", "--batch_size", "4"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["trl-spin", "evaluate", *map(str, arguments)])
     # The thousands of tasks that the harness brings take seconds to list
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    main()
 
 
 def accuracy(model, rows=ROWS):
@@ -89,15 +91,15 @@ def test_a_table_of_all_iterations(sft, peft_config, monkeypatch, capsys):
     output_dir = sft / "run"
     # Large steps: the iterations should answer differently
     make_trainer(output_dir, model=str(sft / "sft"), peft_config=peft_config, learning_rate=0.1).train()
-    evaluate(monkeypatch, sft, output_dir, "--base_model", sft / "sft")
+    evaluate(monkeypatch, sft, output_dir)
 
     load = AutoPeftModelForCausalLM if peft_config else AutoModelForCausalLM
     expected = {"start": accuracy(AutoModelForCausalLM.from_pretrained(sft / "sft"))}
     for name in ("iteration-0", "iteration-1"):
         expected[name] = accuracy(load.from_pretrained(output_dir / name).eval())
     content = json.loads((output_dir / "evaluation.json").read_text())
-    assert {name: r["colours"]["metrics"]["acc,none"] for name, r in content["results"].items()} == expected
-    assert content["results"]["start"]["colours"]["version"] == 7
+    assert {name: r["colours"]["results"]["colours"]["acc,none"] for name, r in content.items()} == expected
+    assert content["start"]["colours"]["versions"]["colours"] == 7
     table = (output_dir / "evaluation.md").read_text()
     header, _, *rows = table.splitlines()
     assert header == "| model | colours (0-shot acc) | average |"
@@ -109,25 +111,20 @@ def test_a_table_of_all_iterations(sft, peft_config, monkeypatch, capsys):
 
 def test_shots_and_limit(sft, monkeypatch):
     make_trainer(sft / "run", model=str(sft / "sft"), num_self_play_iterations=1).train()
-    evaluate(monkeypatch, sft, sft / "run", "--num_fewshot", 2, "--limit", 8)
+    rendered, render = [], HFLM.apply_chat_template
+    spy = lambda *args, **kwargs: rendered.append(render(*args, **kwargs)) or rendered[-1]  # noqa: E731
+    monkeypatch.setattr(HFLM, "apply_chat_template", spy)
+    evaluate(monkeypatch, sft, sft / "run", "--num_fewshot", 2, "--limit", 8, "--apply_chat_template")
     assert "2-shot" in (sft / "run" / "evaluation.md").read_text()
-    assert json.loads((sft / "run" / "evaluation.json").read_text())["limit"] == 8
-    with pytest.raises(SystemExit, match="holds no"):
+    assert json.loads((sft / "run" / "evaluation.json").read_text())["start"]["colours"]["config"]["limit"] == 8
+    assert rendered[0].startswith("<|im_start|>user\nColour ")
+    with pytest.raises(SystemExit, match="^trl-spin: error: .*holds no"):
         evaluate(monkeypatch, sft, sft)
 
 
-def test_tasks_and_shots_are_those_of_the_paper():
-    leaderboard = runpy.run_path(str(SCRIPT))["LEADERBOARD"]
-    assert {task: shots for task, (shots, _) in leaderboard.items()} == {
-        "arc_challenge": 25,
-        "hellaswag": 10,
-        "truthfulqa_mc2": 0,
-        "mmlu": 5,
-        "winogrande": 5,
-        "gsm8k": 5,
-    }
+def test_the_harness_knows_the_tasks():
     folders = [
         Path(lm_eval.tasks.__file__).parent / name
         for name in ("arc", "hellaswag", "truthfulqa", "mmlu", "winogrande", "gsm8k")
     ]
-    assert leaderboard.keys() <= set(TaskManager(include_path=folders, include_defaults=False).all_tasks)
+    assert LEADERBOARD.keys() <= set(TaskManager(include_path=folders, include_defaults=False).all_tasks)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Every block of the README and every file in `examples/`, unchanged, on tiny models and data of the same names."""
+"""Every block of the README, every recipe and every file in `examples/`, unchanged, on tiny models and data of the same names."""
 
 import os
 import re
@@ -27,8 +27,9 @@ from conftest import make_dataset, make_model, make_tokenizer
 from datasets import Dataset
 from trl import DPOConfig
 
+import trl_spin.__main__
 from trl_spin import SPINConfig
-from trl_spin.__main__ import main
+from trl_spin.__main__ import RECIPES, main
 
 
 ROOT = Path(__file__).parent.parent
@@ -132,9 +133,10 @@ def test_commands_of_the_readme(command, hub, monkeypatch):
     assert iterations(hub)
 
 
-@pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "examples").glob("*.yaml")))
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe, hub, monkeypatch):
-    run_command(monkeypatch, ["--config", f"examples/{recipe}"])
+    assert recipe in trl_spin.__main__.__doc__
+    run_command(monkeypatch, ["--config", recipe])
     assert iterations(hub) == ["iteration-0", "iteration-1", "iteration-2", "iteration-3"]
 
 

@@ -13,57 +13,42 @@
 # limitations under the License.
 
 """
-The `trl-spin` command.
+Self-play fine-tuning (SPIN) of a supervised fine-tuned model on its own SFT data.
 
-```bash
-trl-spin \
-    --model_name_or_path alignment-handbook/zephyr-7b-sft-full \
-    --dataset_name HuggingFaceH4/ultrachat_200k --dataset_train_split train_sft \
-    --output_dir zephyr-7b-spin
-```
+    trl-spin --model_name_or_path MODEL --dataset_name DATA --output_dir OUTPUT_DIR [options]
+    trl-spin --config RECIPE [options]
+    trl-spin report OUTPUT_DIR
+    trl-spin evaluate OUTPUT_DIR [--tasks TASK ...]
 
-`trl-spin report OUTPUT_DIR` writes a report of a run.
+--help       describes the options that matter most
+--help_all   describes all options, those of TRL's and transformers' trainers, too
+--config     takes options from a YAML file, or from a recipe of the package: zephyr_7b, zephyr_7b_qlora;
+             those on the command line override them
+--traceback  shows where an error comes from
 
-Options may stand in a YAML file, `trl-spin --config recipe.yaml`, which the command line overrides. For several GPUs:
-`accelerate launch -m trl_spin --config recipe.yaml`.
+On several GPUs: accelerate launch -m trl_spin --config RECIPE
 """
 
+import argparse
+import functools
+import logging
+import os
+import re
 import sys
+import traceback
+from dataclasses import fields
 from pathlib import Path
 
-
-# What loads a local file
-_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+from yaml import YAMLError
 
 
-def load_data(script_args, dataset_args):
-    """
-    Loads the dataset that the arguments name: from the Hub, from a local directory, or from local files.
-
-    Args:
-        script_args ([`~trl.ScriptArguments`]):
-            `dataset_name` may be a JSON, JSON Lines, CSV or Parquet file, which makes up the train split.
-        dataset_args ([`~trl.DatasetMixtureConfig`]):
-            `datasets`, if the data is a mixture.
-
-    Returns:
-        [`~datasets.DatasetDict`]: Dataset by split.
-    """
-    from datasets import load_dataset
-    from trl import get_dataset
-
-    if bool(dataset_args.datasets) == bool(script_args.dataset_name):
-        raise ValueError(
-            f"There must be exactly one source of data: `dataset_name` ({script_args.dataset_name!r}), or a mixture, "
-            f"`datasets` ({dataset_args.datasets!r})."
-        )
-    if dataset_args.datasets:
-        return get_dataset(dataset_args)
-    name, options = script_args.dataset_name, {"name": script_args.dataset_config}
-    if Path(name).suffix in _FILES:
-        options = {"data_files": {script_args.dataset_train_split: name}}
-        name = _FILES[Path(name).suffix]
-    return load_dataset(name, **options, streaming=script_args.dataset_streaming)
+RECIPES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+# Options of TRL that most runs set
+ESSENTIALS = """
+    model_name_or_path dataset_name dataset_config dataset_train_split dataset_test_split eval_dataset_name output_dir
+    resume_from_checkpoint per_device_train_batch_size gradient_accumulation_steps max_length use_peft lora_r
+    lora_target_modules load_in_4bit use_vllm
+""".split()
 
 
 def run(script_args, training_args, model_args, dataset_args):
@@ -71,7 +56,7 @@ def run(script_args, training_args, model_args, dataset_args):
     Plays what the arguments describe, and saves the last iteration's model in `output_dir`.
 
     Args:
-        script_args ([`~trl.ScriptArguments`]):
+        script_args ([`~sources.DataArguments`]):
             Data.
         training_args ([`SPINConfig`]):
             Game and training.
@@ -84,9 +69,11 @@ def run(script_args, training_args, model_args, dataset_args):
         [`SPINTrainer`]: Trainer after training.
     """
     from accelerate.logging import get_logger
+    from tqdm.auto import tqdm
     from trl import get_peft_config, get_quantization_config
 
     from . import SPINTrainer
+    from .sources import load_data
 
     logger = get_logger(__name__)
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
@@ -105,19 +92,26 @@ def run(script_args, training_args, model_args, dataset_args):
 
     if model_args.model_name_or_path is None:
         raise ValueError("`--model_name_or_path` is required: the fine-tuned model that self-play starts from.")
-    dataset = load_data(script_args, dataset_args)
+    train_dataset, eval_dataset = load_data(script_args, dataset_args)
+    if training_args.held_out_size and not script_args.eval_dataset_name:
+        eval_dataset = None
+    if eval_dataset is not None and training_args.process_index == 0:
+        what = (
+            f"Held out: {script_args.eval_dataset_name or script_args.dataset_test_split}, {len(eval_dataset):,} rows"
+        )
+        tqdm.write(f"{what}, completed and measured in each iteration. `--dataset_test_split test[:200]` takes fewer.")
     trainer = SPINTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
     trainer.dataset_name = script_args.dataset_name or ", ".join(part.path for part in dataset_args.datasets)
     resume = training_args.resume_from_checkpoint
     # The command line passes text: "true" stands for the newest checkpoint in `output_dir`
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint={"true": True, "false": False}.get(str(resume).lower(), resume))
     if training_args.dry_run:
         return trainer
 
@@ -125,27 +119,81 @@ def run(script_args, training_args, model_args, dataset_args):
     logger.info(f"Model saved to {training_args.output_dir}, each iteration's model to its `iteration-<t>` folder.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()
     return trainer
 
 
-def main():
-    if sys.argv[1:2] == ["report"]:
-        from .report.page import main as report
+def short_help(parser, docstring: str) -> str:
+    """The essential options of TRL and all of SPIN's, in the groups of their docstring, with the gist of each."""
+    options = {option.name: option for cls in parser.dataclass_types for option in fields(cls)}
+    formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=28)
+    short = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, formatter_class=formatter)
+    group, names = short.add_argument_group("Model, data and training"), [("", name) for name in ESSENTIALS]
+    for title, name in names + re.findall(r"^ {8}(?:> (.+)|(\w+) \(.+\):)$", docstring, re.M):
+        if title:
+            group = short.add_argument_group(title)
+            continue
+        default = parser.get_default(name) or argparse.SUPPRESS
+        gist = re.split(r"[.:;] ", options[name].metadata["help"])[0].rstrip(".")
+        group.add_argument(f"--{name}", metavar="", default=default, help=gist)
+    return f"{__doc__.lstrip()}\n{short.format_help()}"
 
-        return report(sys.argv[2:])
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+def refuse(message: str):
+    raise ValueError(message)
+
+
+def play(arguments: list[str]):
+    """`trl-spin` with options: a run, or their description."""
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
     from . import SPINConfig
+    from .sources import DataArguments
 
-    parser = TrlParser(
-        (ScriptArguments, SPINConfig, ModelConfig, DatasetMixtureConfig),
-        prog="trl-spin",
-        description="Self-play fine-tuning (SPIN) of a supervised fine-tuned model on its own SFT data.",
-    )
+    parser = TrlParser((DataArguments, SPINConfig, ModelConfig, DatasetMixtureConfig), usage=argparse.SUPPRESS)
+    parser.error = refuse  # instead of a page of options
+    if "--help_all" in arguments:
+        return parser.print_help()
+    if {"-h", "--help"} & {*arguments}:
+        return sys.stdout.write(short_help(parser, SPINConfig.__doc__))
+    if "--config" in arguments:
+        position = arguments.index("--config") + 1
+        name = "".join(arguments[position : position + 1])
+        if not Path(name).is_file():
+            if name not in RECIPES:
+                raise ValueError(f"`--config {name}` is no file, and none of the recipes: {', '.join(RECIPES)}.")
+            arguments[position] = RECIPES[name]
     # Unset, so that `run` can tell whether the user chose a dtype
     parser.set_defaults(dtype=None)
-    run(*parser.parse_args_and_config())
+    run(*parser.parse_args_and_config(arguments))
+
+
+def main():
+    arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
+    if not arguments:
+        sys.exit(__doc__.strip())
+    # peft imports bitsandbytes, which misses a kernel for weights in 4 bits, also where nothing is quantized
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        if arguments[0] == "report":
+            from .report.page import main as report
+
+            report(arguments[1:])
+        elif arguments[0] == "evaluate":
+            from .evaluate import main as evaluate
+
+            evaluate(arguments[1:])
+        else:
+            play(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, ImportError, YAMLError) as error:
+        # What is said to the user is raised. What fails by itself is a fault, and needs its traceback
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        if "--traceback" in sys.argv or not (line.startswith("raise") or isinstance(error, (OSError, ImportError))):
+            raise
+        is_main = os.environ.get("RANK", "0") == "0"
+        sys.exit(f"trl-spin: error: {' '.join(str(error).split())}" if is_main else 1)
 
 
 if __name__ == "__main__":

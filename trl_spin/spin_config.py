@@ -55,7 +55,7 @@ _AT_LEAST = {
 }
 
 
-def _help_from_docstring(cls: type) -> type:
+def help_from_docstring(cls: type) -> type:
     """Takes the command line's help for an option from its entry in the docstring, so that it is written once."""
     for name, text in re.findall(r"^ {8}(\w+) \(.*?\):\n((?: {12}.*\n|\n)+)", cls.__doc__, re.M):
         option = cls.__dataclass_fields__[name]
@@ -64,7 +64,7 @@ def _help_from_docstring(cls: type) -> type:
     return cls
 
 
-@_help_from_docstring
+@help_from_docstring
 @dataclass
 class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptions, DPOConfig):
     r"""
