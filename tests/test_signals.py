@@ -25,10 +25,10 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
-from conftest import logp, make_dataset, make_model, make_tokenizer, make_trainer
+from conftest import Scripted, logp, make_dataset, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from trl_spin.pairs import PAIR_FEATURES
 from trl_spin.report import tables
@@ -231,14 +231,14 @@ def test_a_run_with_numbers_of_the_user_can_be_resumed(tmp_path):
 # ---- Stopping and choosing ----
 
 
-def test_the_game_ends_when_an_iteration_hurts_and_returns_to_the_best_model(tmp_path, caplog):
+def test_the_game_ends_when_an_iteration_hurts_and_returns_to_the_best_model(tmp_path, caplog, capsys):
     kwargs = {"eval_dataset": make_dataset(6), "num_self_play_iterations": 4}
     trainer = make_trainer(tmp_path, **kwargs, learning_rate=1.0, early_stopping=True, load_best_iteration_at_end=True)
     start = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     trainer.train()
     assert sorted(p.name for p in tmp_path.glob("iteration-*")) == ["iteration-0"]
     assert "The game ends after iteration 0: iteration 0 hurt (eval_nll/real" in caplog.text
-    assert "for the model that self-play started from." in caplog.text
+    assert "for the model that self-play started from." in capsys.readouterr().out
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, start[name]), name
     record = json.loads((tmp_path / "iteration-0" / "self_play.json").read_text())
@@ -262,16 +262,29 @@ def test_a_game_that_has_ended_does_not_go_on_when_it_is_resumed(tmp_path):
     assert (tmp_path / "iteration-1" / "self_play.json").is_file()
 
 
-def test_the_best_iteration_may_be_one_in_between(tmp_path, caplog):
+def test_the_best_iteration_may_be_one_in_between(tmp_path, capsys):
     trainer = make_trainer(
         tmp_path,
-        eval_dataset=make_dataset(6),
+        eval_dataset={"a": make_dataset(6), "b": make_dataset(3)},
         num_self_play_iterations=3,
         learning_rate=[3e-3, 3e-3, 1.0],
         load_best_iteration_at_end=True,
+        metric_for_best_iteration="eval_a_nll/real",
+        compute_completion_metrics=lambda *texts: {"one": 1.0},
     )
     trainer.train()
-    assert "The last model is not the best one" in caplog.text
+    out = capsys.readouterr().out
+    assert "The last model is not the best one" in out.splitlines()[-3]
+    assert f'from_pretrained("{tmp_path}/iteration-1")' in out.splitlines()[-2]
+    table = [re.split(" *[│┃|] *", line.strip(" │┃|")) for line in out.split("Self-play so far")[-1].splitlines()]
+    table = {row[0]: row[1:] for row in table}
+    assert table["iteration"] == ["start", "0", "1 (best)", "2"]
+    assert table["held-out a one"] == table["held-out b one"] == ["1"] * 4
+    assert table["held-out accuracy b"][0] == "" and float(table["held-out NLL b"][0]) > 1
+    # Of its own completions, so that nothing is known of the last model's
+    assert table["truncated"][0].endswith("%") and len(table["truncated"]) == 3
+    card = (tmp_path / "README.md").read_text()
+    assert "| start |" in card and "| 1 (best) |" in card and "held-out NLL b" in card
     best = load_file(tmp_path / "iteration-1" / "model.safetensors")
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, best[name]), name
@@ -279,8 +292,8 @@ def test_the_best_iteration_may_be_one_in_between(tmp_path, caplog):
     values = []
     for iteration in range(3):
         record = json.loads((tmp_path / f"iteration-{iteration}" / "self_play.json").read_text())
-        values.append(record["eval_nll/real"])
-    model, pairs = trainer.model.eval(), load_game(str(tmp_path), 0)["eval"]
+        values.append(record["eval_a_nll/real"])
+    model, pairs = trainer.model.eval(), load_game(str(tmp_path), 0)["a"]
     nll = -sum(logp(model, p["prompt_ids"], p["real_ids"]).item() for p in pairs) / sum(map(len, pairs["real_ids"]))
     assert min(values) == values[1] == pytest.approx(nll, rel=1e-4)
 
@@ -318,7 +331,61 @@ def test_probes_have_the_same_seeds_in_every_iteration(tmp_path, capsys):
     games = [load_game(str(tmp_path), t)["train"]["generated_ids"][:2] for t in range(2)]
     assert games[0] != games[1]
     out = capsys.readouterr().out
-    assert "Self-play so far" in out and "iteration 1" in out and "Count to 1." in out
+    assert "Self-play so far" in out and "iteration 1" in out and "<|im_start|>" not in out and "user" not in out
+    # The same model answers the same
+    assert out.count("Count to 1.") == 3 and out.count("(unchanged)") == 2 * (0 + 1 + 2)
+    assert out.count("(cut)") == 3 * sum(probe["truncated"] for probe in probes[0]) > 0
+
+
+def test_an_empty_probe_is_marked(tmp_path, capsys):
+    probe = {"row": 0, "prompt": "P", "real": "R", "generated": " "}
+    path = tmp_path / "self_play" / "iteration-0" / "probes.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps([probe]))
+    make_trainer(tmp_path, num_self_play_iterations=1, num_probes=1).train()
+    assert capsys.readouterr().out.count("(empty)") == 2  # once before and once after the iteration
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_the_console_shows_lines(tmp_path, capsys, monkeypatch, disable_tqdm):
+    class Waits(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            clock[0] += 1
+
+    def script(prompts):
+        clock[0] += 3600
+        return [[50, 60] for _ in prompts]
+
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr(Scripted, "script", staticmethod(script))
+    options = {"use_script": True, "eval_dataset": make_dataset(4), "num_probes": 0, "disable_tqdm": disable_tqdm}
+    trainer = make_trainer(tmp_path, callbacks=[Waits()], **options)
+    trainer.train()
+    shown = capsys.readouterr()
+    assert "self_play/" not in shown.out and "[RANK 0]" not in shown.err
+    lines = [line for line in shown.out.splitlines() if line.startswith(("Iteration", "Step", "Trying", "Done"))]
+    patterns = ["Trying a few rows", "Iteration 0: 16 prompts .* played 100%", r"Step 1/6: loss 0\.6931, accuracy"]
+    patterns += ["Step 2/6", "Step 3/6", r"Iteration 0, held out: NLL \d+\.\d{3}, accuracy", "Iteration 1: 16 prompts"]
+    for line, pattern in zip(lines, patterns, strict=False):
+        assert re.match(pattern, line), line
+    assert lines[-1].startswith("Done.")
+    logged = next(logs for logs in trainer.state.log_history if "self_play/iteration" in logs)
+    assert {"self_play/mean_length_real", "self_play/generation_time"} <= logged.keys()
+    # The clock of the bar does not run while the opponent plays
+    bars = re.findall(r"Iteration 1: .*?(\d)/6 \[(.*?)<(.*?),", shown.err)
+    assert bool(bars) == (not disable_tqdm) and all(int(a[-2:]) < 10 and len(a + b) < 11 for _, a, b in bars)
+
+
+def test_only_the_progress_that_the_trainer_attached_is_replaced(tmp_path, capsys):
+    class Own(ProgressCallback):
+        pass
+
+    trainer = make_trainer(tmp_path, callbacks=[Own()], disable_tqdm=False, num_self_play_iterations=1, num_probes=0)
+    trainer.remove_callback(Own)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train()
+    assert "Step 1" not in capsys.readouterr().out
 
 
 def test_model_output_is_text_in_tables(monkeypatch, capsys):

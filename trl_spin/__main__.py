@@ -68,14 +68,12 @@ def run(script_args, training_args, model_args, dataset_args):
     Returns:
         [`SPINTrainer`]: Trainer after training.
     """
-    from accelerate.logging import get_logger
     from tqdm.auto import tqdm
     from trl import get_peft_config, get_quantization_config
 
     from . import SPINTrainer
     from .sources import load_data
 
-    logger = get_logger(__name__)
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
     if model_args.dtype is None:
         # TRL computes in float32 unless told otherwise, which takes away what a quantized model is for
@@ -109,6 +107,7 @@ def run(script_args, training_args, model_args, dataset_args):
         peft_config=get_peft_config(model_args),
     )
     trainer.dataset_name = script_args.dataset_name or ", ".join(part.path for part in dataset_args.datasets)
+    trainer.shows_end = False  # not before the model is saved
     resume = training_args.resume_from_checkpoint
     # The command line passes text: "true" stands for the newest checkpoint in `output_dir`
     trainer.train(resume_from_checkpoint={"true": True, "false": False}.get(str(resume).lower(), resume))
@@ -116,9 +115,9 @@ def run(script_args, training_args, model_args, dataset_args):
         return trainer
 
     trainer.save_model(training_args.output_dir)
-    logger.info(f"Model saved to {training_args.output_dir}, each iteration's model to its `iteration-<t>` folder.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.best_iteration.show_end(saved=training_args.output_dir)
     trainer.accelerator.end_training()
     return trainer
 

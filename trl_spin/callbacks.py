@@ -17,7 +17,6 @@
 import time
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import DPOTrainer
@@ -27,13 +26,11 @@ from .generation import check_played, generate_pairs, score
 from .measures import Measures
 from .pairs import Game, Pairs, opponents
 from .run.games import Request, find_stored, load_game, store_game
+from .run.logs import logger
 from .run.processes import Processes
 from .run.resume import library_versions
 from .run.weights import weights_fingerprint
 from .spin_config import SPINConfig
-
-
-logger = get_logger(__name__)
 
 
 class SelfPlayCallback(TrainerCallback):

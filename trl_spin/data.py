@@ -22,17 +22,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
 from datasets import Dataset, Features, List, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import extract_prompt
 
 from .pairs import Rules
+from .run.logs import logger
 from .spin_config import SPINConfig
 
-
-logger = get_logger(__name__)
 
 _IDS = List(Value("int64"))
 _FEATURES = Features({"row": Value("int64"), "prompt_ids": _IDS, "real_ids": _IDS, "left_out": Value("string")})
@@ -288,6 +286,10 @@ class RowReader:
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"Row {index} of the {self.name} dataset: {error}") from error
+
+    def read_prompt(self, row: dict[str, Any]) -> str | list[dict]:
+        """The prompt of a row as the data has it: text or messages."""
+        return self._split(row)[0]
 
     def _split(self, row: dict[str, Any]) -> tuple[str | list[dict], str | dict, dict[str, Any]]:
         """Prompt (text or messages), real completion (text or one message) and chat template arguments of a row."""

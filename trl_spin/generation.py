@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 
@@ -28,11 +27,9 @@ from .engines import Engine
 from .engines.generate import length_sorted_batches
 from .pairs import PAIR_FEATURES, Columns, Game, Rules, as_preference, with_logps
 from .run.games import Request, read_completions, write_completions
+from .run.logs import logger
 from .run.processes import Processes, explain_out_of_memory
 from .spin_config import SPINConfig
-
-
-logger = get_logger(__name__)
 
 
 # Summed log-probs of the real and of the generated completions of some pairs, see [`~pairs.as_preference`]

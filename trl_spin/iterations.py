@@ -16,10 +16,12 @@
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
+from jinja2 import Template
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import DPOTrainer
 
@@ -27,14 +29,12 @@ from .callbacks import SelfPlayCallback
 from .measures import last_logs
 from .pairs import Game
 from .report.signals import judge
-from .run.files import RECORD, RECORDED_OPTIONS, explain_write_error, model_dir, read_records, write_json
-from .run.games import read_manifest, remove_completions
+from .run.files import RECORD, RECORDED_OPTIONS, explain_write_error, model_dir, write_json
+from .run.games import read_manifest, read_models, remove_completions
+from .run.logs import logger
 from .run.processes import Processes
 from .run.weights import check_finite_weights
 from .spin_config import SPINConfig
-
-
-logger = get_logger(__name__)
 
 
 class CompletionMetricsCallback(TrainerCallback):
@@ -93,10 +93,8 @@ class BestMetric:
 
     def values(self, last: int) -> dict[int, float]:
         """The numbers up to an iteration, where they were measured and their folders still exist."""
-        start = read_manifest(self.output_dir, 0) or {"metrics": {}}
-        values = {-1: start["metrics"].get(self.name.replace("nll/real", "self_play/nll_real"))}
-        values |= {record["iteration"]: record.get(self.name) for record in read_records(self.output_dir, last + 1)}
-        return {iteration: value for iteration, value in values.items() if value is not None}
+        models = read_models(self.output_dir, last)
+        return {model["iteration"]: model[self.name] for model in models if self.name in model}
 
     def judge(self, iteration: int, logs: dict[str, float]) -> tuple[bool, str | None]:
         """Whether an iteration that has ended is no worse than what it began with, and the verdict in words."""
@@ -119,17 +117,10 @@ class BestMetric:
             return f"held-out real and generated completions can no longer be told apart ({interval})"
         return None
 
-    def find_best(self, last: int) -> int:
-        """The best iteration so far; the last one if nothing was measured."""
+    def find_best(self, last: int) -> int | None:
+        """The best iteration up to the last one, -1 for the start; `None` if the last one was not measured."""
         values = self.values(last)
-        if last not in values:
-            return last
-        best = (max if self.greater_is_better else min)(values, key=values.get)
-        if best != last:
-            model = "the model that self-play started from" if best == -1 else f"iteration {best}'s"
-            numbers = f"`{self.name}` is {values[last]:.4g} for it, and {values[best]:.4g} for {model}"
-            logger.warning(f"The last model is not the best one: {numbers}.")
-        return best
+        return (max if self.greater_is_better else min)(values, key=values.get) if last in values else None
 
 
 class BestIterationCallback(TrainerCallback):
@@ -171,9 +162,26 @@ class BestIterationCallback(TrainerCallback):
         if last is None or self.processes.stop.signum:
             return
         best = self.processes.on_main(self.best_metric.find_best, last)
-        if args.load_best_iteration_at_end:
+        if args.load_best_iteration_at_end and best is not None:
             self.trainer._load_from_checkpoint(str(model_dir(args.output_dir, best)))
             self.trainer.log({"self_play/best_iteration": best})
+
+    def show_end(self, saved: str | None = None):
+        """
+        Says where the models of a run that has ended are, which is the best, and how to go on.
+
+        Args:
+            saved (`str`, *optional*):
+                Where the trainer's model was saved, beside those of the iterations.
+        """
+        args, last = self.trainer.args, self.game.schedule.ended(self.trainer.state.global_step)
+        if last is not None and self.trainer.is_world_process_zero():
+            best = self.best_metric.find_best(last)
+            template = Template(Path(__file__).with_name("end.txt.jinja").read_text(encoding="utf-8"))
+            facts = {"args": args, "saved": saved, "report": Path(args.output_dir, "report", "report.html")}
+            facts |= {"metric": self.best_metric.name, "values": self.best_metric.values(last)}
+            facts |= {"base_model": self.game.base_model, "dir": partial(model_dir, args.output_dir)}
+            tqdm.write(template.render(facts, last=last, best=best))
 
 
 class IterationCallback(TrainerCallback):

@@ -272,6 +272,8 @@ class Game:
             Training data (`"train"`) and held-out data.
         left_out (`dict[str, dict[str, int]]`):
             Number of rows that cannot be played, by dataset and reason.
+        sources (`dict[str, tuple[Dataset, Callable]]`):
+            The user's datasets, each with what reads the prompt (text or messages) of a row.
         base_model (`str`):
             Name or path of the model that self-play starts from.
         rules ([`Rules`], *optional*):
@@ -288,6 +290,7 @@ class Game:
 
     datasets: dict[str, GameDataset] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    sources: dict[str, tuple[Dataset, Callable[[dict], str | list[dict]]]] = field(default_factory=dict)
     base_model: str = ""
     rules: Rules | None = None
     settings: dict[str, Any] = field(default_factory=dict)

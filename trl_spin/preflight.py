@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -32,13 +31,12 @@ from .generation import make_pairs, score
 from .memory import MemoryPlan, plan_memory
 from .pairs import Game, as_preference
 from .run.files import existing
+from .run.logs import logger
 from .run.processes import Processes
 from .run.resume import recorded_token_budget, write_run
 from .shared_prefix_trainer import SharedPrefixDPOTrainer
 from .spin_config import SPINConfig
 
-
-logger = get_logger(__name__)
 
 _TRIAL_TOKENS = 16
 
@@ -74,6 +72,8 @@ class PreflightCallback(TrainerCallback):
     def on_train_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         for dataset in self.game.datasets.values():
             dataset.clear()
+        if state.is_world_process_zero:
+            tqdm.write("Trying a few rows: generation, scoring, the loss, the memory that training needs ...")
         memory = self.run_trial(args)
         for engine in self.engines:
             engine.token_budget = memory.token_budget

@@ -16,16 +16,13 @@ from collections.abc import Callable
 from functools import cache, partial, wraps
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from .compat import replaced
 from .layout import LengthGroupedSampler, forward_shared, pair_lengths, supports_shared_prefix
-
-
-logger = get_logger(__name__)
+from .run.logs import logger
 
 
 class SharedPrefixDPOTrainer(DPOTrainer):

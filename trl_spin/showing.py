@@ -15,24 +15,23 @@
 """What is shown of a game while it is played, and kept for its report. One callback for each."""
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas
-from accelerate.logging import get_logger
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from trl import DPOTrainer
 
 from .engines import Engine
 from .generation import row_seed
 from .pairs import Game
-from .report.tables import iteration_rows, show_table
-from .run.files import HISTORY, PROBES, atomic_open, game_dir, read_json, read_records, write_json
+from .report.tables import iteration_rows, log_line, show_table
+from .run.files import HISTORY, PROBES, atomic_open, game_dir, read_json, write_json
+from .run.games import read_models
+from .run.logs import logger
 from .run.processes import Processes
 from .spin_config import SPINConfig
-
-
-logger = get_logger(__name__)
 
 
 class CompletionsCallback(TrainerCallback):
@@ -61,12 +60,13 @@ class CompletionsCallback(TrainerCallback):
 
 class ProbeCallback(TrainerCallback):
     """
-    Lets each model complete a few fixed prompts, and shows them beside the earlier ones, below a table of the
-    iterations so far. The seeds are the same in every iteration, so that only the model differs.
+    Lets each model complete a few fixed prompts, and shows them below the earlier ones' completions and a table of the
+    models so far. The seeds are the same in every iteration, so that only the model differs.
     """
 
-    def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, engine: Engine):
+    def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, engine: Engine, find_best: Callable):
         self.trainer, self.game, self.processes, self.engine = trainer, game, processes, engine
+        self.find_best = find_best  # the best of the iterations up to one, if it is known
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if self.game.schedule.begins(state.global_step):
@@ -86,27 +86,69 @@ class ProbeCallback(TrainerCallback):
             seeds = [row_seed(args.seed, -1, f"{dataset.name} probes", row) for row in rows["row"][:]]
             prompts, limit = rows["prompt_ids"][:], args.max_completion_length
             completions = self.engine.complete(self.trainer.model_wrapped, prompts, seeds, limit, "Probes")
-            ids = rows["prompt_ids"], rows["real_ids"], [completion["generated_ids"] for completion in completions]
-            texts = zip(rows["row"][:], *map(self.game.rules.decode, ids), strict=True)
-            probes = [dict(zip(("row", "prompt", "real", "generated"), text, strict=True)) for text in texts]
+            data, read_prompt = self.game.sources[dataset.name]
+            decode, generated = self.game.rules.decode, [completion["generated_ids"] for completion in completions]
+            texts = zip(rows["row"][:], decode(rows["real_ids"]), decode(generated), completions, strict=True)
+            probes = [
+                {"row": row, "prompt": _last_turn(read_prompt(data[row]))}
+                | {"real": real, "generated": text, "truncated": completion["truncated"]}
+                for row, real, text, completion in texts
+            ]
             self.processes.write(args.output_dir, write_json, path, probes)
         if self.trainer.is_world_process_zero():
             self._show(args, iteration)
 
     def _show(self, args: SPINConfig, iteration: int):
-        if records := read_records(args.output_dir, iteration):
-            # One column per iteration: there are fewer of them than numbers
-            show_table("Self-play so far", [list(row) for row in zip(*iteration_rows(records), strict=True)])
+        if iteration:
+            # One column per model: there are fewer of them than numbers
+            rows = iteration_rows(read_models(args.output_dir, iteration - 1), self.find_best(iteration - 1))
+            show_table("Self-play so far", [list(row) for row in zip(*rows, strict=True)], justify="right")
         if not args.num_probes:
             return
         models = {"start": 0} | {f"iteration {t}": t + 1 for t in range(iteration)}
         probes = {model: read_json(game_dir(args.output_dir, t) / PROBES) for model, t in models.items()}
         probes = {model: {probe["row"]: probe for probe in found} for model, found in probes.items() if found}
-        rows = [["prompt", "real completion", *probes]]
-        for row, probe in list(probes.values())[-1].items():
-            generated = [by_row[row]["generated"] if row in by_row else "" for by_row in probes.values()]
-            rows.append([_shorten(text) for text in (probe["prompt"], probe["real"], *generated)])
-        show_table("Probes", rows)
+        for row, newest in list(probes.values())[-1].items():
+            shown, before = [["prompt", _shorten(newest["prompt"])], ["real", _shorten(newest["real"])]], None
+            for model, probe in ((model, by_row[row]) for model, by_row in probes.items() if row in by_row):
+                text = (_shorten(probe["generated"].strip()) or "(empty)") + " (cut)" * probe.get("truncated", False)
+                shown.append([model, "(unchanged)" if probe["generated"] == before else text])
+                before = probe["generated"]
+            show_table(f"Probe, row {row} of the {self.game.watched.name} dataset", shown)
+
+
+class LineCallback(PrinterCallback):
+    """
+    Shows what is logged as a line of the numbers to watch, in place of transformers' callback that prints all of them.
+    Trackers and the `log_history` get all.
+    """
+
+    def __init__(self, game: Game):
+        super().__init__()
+        self.game = game
+
+    def on_log(self, args: SPINConfig, state: TrainerState, control: TrainerControl, logs: dict, **kwargs):
+        if state.is_world_process_zero and "self_play/best_iteration" not in logs:  # which the end of the run says
+            num_prompts = sum(map(len, self.game.datasets.values()))
+            steps = {"step": state.global_step, "max_steps": state.max_steps}
+            tqdm.write(log_line(logs, iteration=self.game.iteration, num_prompts=num_prompts, **steps))
+
+
+class BarCallback(LineCallback, ProgressCallback):
+    """Shows, below these lines, a bar of the training steps. Its clock stops while the opponent plays."""
+
+    def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if state.is_world_process_zero:
+            bar, coming = self.training_bar, len(self.game.schedule.num_epochs) - 1 - self.game.iteration
+            # The steps before a resume took no time
+            bar.initial = bar.n = bar.last_print_n = self.current_step = state.global_step
+            bar.unpause()
+            bar.set_description(f"Iteration {self.game.iteration}", refresh=False)
+            last = [logs for logs in state.log_history if "self_play/iteration" in logs][-1:]
+            seconds = coming * sum(
+                logs[f"self_play/{phase}_time"] for logs in last for phase in ("generation", "scoring")
+            )
+            bar.set_postfix_str(f"+ {bar.format_interval(seconds)} to generate" if seconds else "")
 
 
 class ReportCallback(TrainerCallback):
@@ -129,12 +171,20 @@ class ReportCallback(TrainerCallback):
         from .report.page import write_report
 
         try:
-            tqdm.write(f"Report: {write_report(output_dir)}")
+            write_report(output_dir)
         except ModuleNotFoundError as error:
             logger.info(f"No report was written. {error}")
         except Exception as error:  # a fault of the report does not undo the training
             fault = f"{type(error).__name__}: {error}"
             logger.warning(f"The report could not be written ({fault}). The models are intact.")
+
+
+def _last_turn(prompt: str | list[dict]) -> str:
+    """What a prompt asks: its text, or that of the user's last turn."""
+    if isinstance(prompt, str):
+        return prompt
+    content = next((turn for turn in reversed(prompt) if turn["role"] == "user"), prompt[-1])["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _shorten(text: str, width: int = 300) -> str:

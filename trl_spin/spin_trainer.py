@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig, PeftModel
 from transformers import (
@@ -32,7 +31,9 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProcessorMixin,
+    ProgressCallback,
     TrainerCallback,
     set_seed,
 )
@@ -51,17 +52,15 @@ from .pairs import Game, GameDataset, PairCollator, leave_out_unplayed
 from .preflight import DryRun, PreflightCallback
 from .report.card import write_model_card
 from .run.checkpoints import Checkpoints
-from .run.files import read_records
+from .run.games import read_models
+from .run.logs import logger
 from .run.processes import Processes, StopRequested, StopSignal, explain_out_of_memory
 from .run.resume import game_settings, open_run, run_lock, run_settings
 from .run.weights import check_finite_weights, weights_fingerprint
 from .schedule import Schedule, chain_schedules
 from .shared_prefix_trainer import SharedPrefixDPOTrainer
-from .showing import CompletionsCallback, ProbeCallback, ReportCallback
+from .showing import BarCallback, CompletionsCallback, LineCallback, ProbeCallback, ReportCallback
 from .spin_config import SPINConfig
-
-
-logger = get_logger(__name__)
 
 
 _OUT_OF_MEMORY = (
@@ -183,6 +182,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         self.run_dir = args.output_dir
         self.dataset_name = train_dataset.info.dataset_name or "a local dataset"
         self.share_prefix = args.share_prefix
+        self.shows_end = True  # unless more comes, after which the caller does
         # The Trainer does this too, but too late for a new adapter's random weights
         set_seed(args.seed)
 
@@ -230,9 +230,14 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         self.add_callback(self_play)
         if args.log_completions:
             self.add_callback(CompletionsCallback(game, processes))
-        self.add_callback(ProbeCallback(self, game, processes, probe_engine))
+        self.add_callback(ProbeCallback(self, game, processes, probe_engine, best_metric.find_best))
         self.add_callback(self.best_iteration)
         self.add_callback(ReportCallback(game, processes))
+        # In place of what the Trainer attaches, unless in a notebook
+        shown, own = (PrinterCallback, LineCallback) if args.disable_tqdm else (ProgressCallback, BarCallback)
+        for callback in [callback for callback in self.callback_handler.callbacks if type(callback) is shown]:
+            self.remove_callback(callback)
+            self.add_callback(own(game))
 
     # ---- Loss and metrics ----
 
@@ -331,7 +336,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             rules = self.game.rules = reader.make_rules(dataset[0], self.model, args, play_identical)
         with args.main_process_first(desc=f"Tokenizing {name} dataset"):
             rows, left_out = reader.prepare(dataset, rules, self._rows.get(name), args.dataset_num_proc)
-        self.game.left_out[name] = dict(left_out)
+        self.game.left_out[name], self.game.sources[name] = dict(left_out), (dataset, reader.read_prompt)
         self.game.datasets[name] = GameDataset(name, rows)
         self.game.settings = game_settings(args, self.game)
         return self.game.datasets[name]
@@ -371,6 +376,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
                 if stop.signum:
                     raise StopRequested(stop.signum)
+                if self.shows_end:
+                    self.best_iteration.show_end()
                 return output
         except DryRun:
             return TrainOutput(0, 0.0, {})
@@ -463,6 +470,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         if not self.is_world_process_zero():
             return
         left_out = sum(self.game.left_out["train"].values())
+        models = read_models(self.run_dir, self.args.num_self_play_iterations - 1)
         unsloth = ["unsloth"] if hasattr(self.model.config, "unsloth_version") else []
         write_model_card(
             Path(self.args.output_dir) / "README.md",
@@ -473,7 +481,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             dataset_name=dataset_name,
             data=f"`{self.dataset_name}`, {len(self.game.train)} prompts ({left_out} rows left out)",
             settings={name: value for name, value in self.args.to_dict().items() if name in _CARD_SETTINGS},
-            records=read_records(self.run_dir, self.args.num_self_play_iterations),
+            models=models,
+            best=self.best_iteration.best_metric.find_best(models[-1]["iteration"]),
             tags=[*self._tag_names, *unsloth, *([tags] if isinstance(tags, str) else tags or [])],
         )
 

@@ -34,8 +34,9 @@ def write_model_card(
     base_model: str | None,
     dataset_name: str | None,
     model_name: str,
-    records: list[dict[str, Any]],
+    models: list[dict[str, Any]],
     tags: list[str],
+    best: int | None = None,
     **shown: Any,
 ):
     """
@@ -50,10 +51,12 @@ def write_model_card(
             Dataset on the Hub to link to.
         model_name (`str`):
             Name of the model.
-        records (`list[dict[str, Any]]`):
-            Records of the finished iterations, see [`read_records`].
+        models (`list[dict[str, Any]]`):
+            What is known of the models so far, see [`~run.games.read_models`].
         tags (`list[str]`):
             Tags.
+        best (`int`, *optional*):
+            Iteration of the best model.
         **shown:
             What else model_card.md shows: `hub_model_id`, repository of the model on the Hub or `None`; `revision` of
             the base model or `None`; `data`, the training data in words; `settings`, options of the run by name.
@@ -77,8 +80,8 @@ def write_model_card(
         card_data,
         template_path=str(Path(__file__).with_name("model_card.md")),
         start=base_model,
-        records=records,
-        rows=iteration_rows(records),
+        models=models,
+        rows=iteration_rows(models, best),
         # There is a run only where wandb has been imported
         wandb_run=getattr(sys.modules.get("wandb"), "run", None),
         trackio_url=trackio_url,

@@ -12,10 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tables of a run: the one of its iterations, and how a table is printed in the terminal."""
+"""What is shown of a run in the terminal: lines of what is logged, the table of its models, and how to print one."""
 
+import re
 import shutil
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,45 @@ from transformers.utils import is_rich_available
 TITLES = tomllib.loads(Path(__file__).with_name("titles.toml").read_text(encoding="utf-8"))
 
 
-def iteration_rows(records: list[dict[str, Any]]) -> list[list[str]]:
-    """Titles, then a row per record of an iteration. Columns without any value are left out."""
-    columns = {title: key for title, key in TITLES["table"].items() if any(key in record for record in records)}
-    cells = [["" if key not in record else f"{record[key]:.4g}" for key in columns.values()] for record in records]
-    return [list(columns), *cells]
+def iteration_rows(models: list[dict[str, Any]], best: int | None = None) -> list[list[str]]:
+    """
+    Titles, then a row per model, see [`~run.games.read_models`], of which the best is marked. Columns without any
+    value are left out.
+    """
+    columns, keys = {}, dict.fromkeys(key for model in models for key in model)
+    for title, (pattern, form) in TITLES["table"].items():
+        for match in filter(None, (re.fullmatch(pattern, key) for key in keys)):
+            names = [name.strip("_") for name in match.groups() if name]
+            columns[" ".join([title, *names])] = match.string, form
+    rows = [["iteration", *columns]]
+    for model in models:
+        name = "start" if model["iteration"] < 0 else str(model["iteration"])
+        cells = (f"{model[key]:{form}}" if key in model else "" for key, form in columns.values())
+        rows.append([name + " (best)" * (model["iteration"] == best), *cells])
+    return rows
 
 
-def show_table(title: str, rows: list[list[str]]):
-    """Prints a table whose first row holds the titles of the columns, with rich where it is installed."""
+def log_line(logs: dict[str, Any], **facts: Any) -> str:
+    """What is logged, in a line for people that titles.toml describes. `facts` are what else it may show."""
+    prefix = next((key.removesuffix("loss") for key in logs if re.fullmatch("eval_(.+_)?loss", key)), "eval_")
+    values = {key.replace(prefix, "eval_", 1): value for key, value in logs.items()} | facts
+    values["dataset"] = prefix.removeprefix("eval").rstrip("_").replace("_", " ", 1)
+    line = next((line for key, line in TITLES["console"].items() if key in values), None)
+    if line is None:  # something of the user's own
+        own = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
+        return f"Iteration {facts['iteration']}: {', '.join(own)}"
+    shown = []
+    for part in line:
+        with suppress(KeyError):  # not every objective has every metric
+            shown.append(part.format_map(values))
+    return f"{shown[0]}: {', '.join(shown[1:])}"
+
+
+def show_table(title: str, rows: list[list[str]], justify: str = "left"):
+    """
+    Prints a table whose first row holds the titles of the columns, with rich where it is installed. `justify` is for
+    all columns but the first.
+    """
     columns, *rows = [[printable(cell) for cell in row] for row in rows]
     if not is_rich_available():
         width = max(12, shutil.get_terminal_size().columns // len(columns) - 2)
@@ -47,8 +79,9 @@ def show_table(title: str, rows: list[list[str]]):
     from rich.text import Text
 
     # As `Text`: what a model or a dataset wrote is never markup
-    headers = [Column(Text(column), overflow="fold") for column in columns]
     long = any(len(cell) > 30 or "\n" in cell for row in [columns, *rows] for cell in row)
+    headers = [Column(Text(column), overflow="fold", justify=justify) for column in columns]
+    headers[0].justify = "left"
     table = Table(*headers, title=Text(title), show_lines=long)
     for row in rows:
         table.add_row(*map(Text, row))

@@ -27,14 +27,12 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from accelerate.logging import get_logger
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from .files import MANIFEST, atomic_open, game_dir, read_json, write_json
+from .files import MANIFEST, atomic_open, game_dir, read_json, read_records, write_json
+from .logs import logger
 
-
-logger = get_logger(__name__)
 
 SCHEMA_VERSION = 2
 _SHARD_ROWS = 10_000
@@ -147,6 +145,20 @@ def read_manifest(output_dir: str, iteration: int) -> dict[str, Any] | None:
     if manifest is not None:
         check_schema(path, manifest)
     return manifest
+
+
+def read_models(output_dir: str, last: int) -> list[dict[str, Any]]:
+    """
+    What is known of each model up to that of an iteration, the one that self-play started from (-1) first, as a flat
+    dict: settings and results of the iteration that made it, and the numbers of the game in which it was the opponent.
+    """
+    models = []
+    for record in [{"iteration": -1}, *read_records(output_dir, last + 1)]:
+        manifest = read_manifest(output_dir, record["iteration"] + 1) or {"metrics": {}}
+        game = {key.replace("self_play/nll_real", "nll/real"): value for key, value in manifest["metrics"].items()}
+        # In its record, these are of the game in which it was the player
+        models.append(game | {key: value for key, value in record.items() if "self_play/" not in key})
+    return models
 
 
 def check_schema(path: Path, content: dict[str, Any]):

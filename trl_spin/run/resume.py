@@ -26,7 +26,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
 from filelock import FileLock, Timeout
 from transformers.trainer_utils import sort_checkpoints
 
@@ -35,10 +34,9 @@ from ..pairs import Game
 from ..spin_config import PER_ITERATION, SPINConfig
 from .files import RECORD, SETTINGS, read_json, write_json
 from .games import SCHEMA_VERSION, check_schema, find_game_fault
+from .logs import logger
 from .processes import Processes
 
-
-logger = get_logger(__name__)
 
 # Options that may differ between a run and its continuation, because they do not change what is computed (up to
 # rounding, for those that set the size of a batch without gradients). Every other option is part of the contract: an
