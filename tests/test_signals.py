@@ -365,7 +365,7 @@ def test_the_console_shows_lines(tmp_path, capsys, monkeypatch, disable_tqdm):
     shown = capsys.readouterr()
     assert "self_play/" not in shown.out and "[RANK 0]" not in shown.err
     lines = [line for line in shown.out.splitlines() if line.startswith(("Iteration", "Step", "Trying", "Done"))]
-    patterns = ["Trying a few rows", "Iteration 0: 16 prompts .* played 100%", r"Step 1/6: loss 0\.6931, accuracy"]
+    patterns = ["Trying out a few rows", "Iteration 0: 16 prompts .* played 100%", r"Step 1/6: loss 0\.6931, accuracy"]
     patterns += ["Step 2/6", "Step 3/6", r"Iteration 0, held out: NLL \d+\.\d{3}, accuracy", "Iteration 1: 16 prompts"]
     for line, pattern in zip(lines, patterns, strict=False):
         assert re.match(pattern, line), line

@@ -245,7 +245,7 @@ def test_model_card(tmp_path):
     trainer.train()
     cards = [(tmp_path / "run" / f"iteration-{t}" / "README.md").read_text() for t in range(2)]
     path = re.escape(str(tmp_path / "sft"))
-    number = r"-?[\d.e-]+"
+    number = r"-?[\d.e-]+%?"
     pattern = rf"""---
 library_name: transformers
 model_name: run-iteration-1
@@ -262,8 +262,9 @@ This model is a fine-tuned version of `{path}`\.
 
 \| iteration \| λ \| learning rate \| passes \| accuracy \| margin \| held-out accuracy .* \|
 \| ---: .*
+\| start \|  \|  .*\| {number} .*\|
 \| 0 \| 0\.1 \| 0\.001 \| 1 (\| {number} )+\|
-\| 1 \| 5 \| 0\.001 \| 1 (\| {number} )+\|
+\| 1 \(best\) \| 5 \| 0\.001 \| 1 (\| {number} )+(\|  )+\|
 
 ### Framework versions
 .*@inproceedings{{chen2024selfplay,.*2401\.01335.*"""

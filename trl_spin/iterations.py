@@ -29,6 +29,7 @@ from .callbacks import SelfPlayCallback
 from .measures import last_logs
 from .pairs import Game
 from .report.signals import judge
+from .report.tables import iteration_rows
 from .run.files import RECORD, RECORDED_OPTIONS, explain_write_error, model_dir, write_json
 from .run.games import read_manifest, read_models, remove_completions
 from .run.logs import logger
@@ -121,6 +122,11 @@ class BestMetric:
         """The best iteration up to the last one, -1 for the start; `None` if the last one was not measured."""
         values = self.values(last)
         return (max if self.greater_is_better else min)(values, key=values.get) if last in values else None
+
+    def table(self, last: int) -> list[list[str]]:
+        """A table of the models up to that of an iteration, the best one marked."""
+        models = read_models(self.output_dir, last)
+        return iteration_rows(models, self.find_best(models[-1]["iteration"]))
 
 
 class BestIterationCallback(TrainerCallback):

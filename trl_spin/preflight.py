@@ -73,7 +73,7 @@ class PreflightCallback(TrainerCallback):
         for dataset in self.game.datasets.values():
             dataset.clear()
         if state.is_world_process_zero:
-            tqdm.write("Trying a few rows: generation, scoring, the loss, the memory that training needs ...")
+            tqdm.write("Trying out a few rows, and measuring what memory training needs ...")
         memory = self.run_trial(args)
         for engine in self.engines:
             engine.token_budget = memory.token_budget

@@ -26,9 +26,8 @@ from trl import DPOTrainer
 from .engines import Engine
 from .generation import row_seed
 from .pairs import Game
-from .report.tables import iteration_rows, log_line, show_table
+from .report.tables import log_line, show_table
 from .run.files import HISTORY, PROBES, atomic_open, game_dir, read_json, write_json
-from .run.games import read_models
 from .run.logs import logger
 from .run.processes import Processes
 from .spin_config import SPINConfig
@@ -64,9 +63,9 @@ class ProbeCallback(TrainerCallback):
     models so far. The seeds are the same in every iteration, so that only the model differs.
     """
 
-    def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, engine: Engine, find_best: Callable):
+    def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, engine: Engine, table: Callable):
         self.trainer, self.game, self.processes, self.engine = trainer, game, processes, engine
-        self.find_best = find_best  # the best of the iterations up to one, if it is known
+        self.table = table  # of the models up to that of an iteration
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if self.game.schedule.begins(state.global_step):
@@ -87,22 +86,19 @@ class ProbeCallback(TrainerCallback):
             prompts, limit = rows["prompt_ids"][:], args.max_completion_length
             completions = self.engine.complete(self.trainer.model_wrapped, prompts, seeds, limit, "Probes")
             data, read_prompt = self.game.sources[dataset.name]
-            decode, generated = self.game.rules.decode, [completion["generated_ids"] for completion in completions]
-            texts = zip(rows["row"][:], decode(rows["real_ids"]), decode(generated), completions, strict=True)
-            probes = [
-                {"row": row, "prompt": _last_turn(read_prompt(data[row]))}
-                | {"real": real, "generated": text, "truncated": completion["truncated"]}
-                for row, real, text, completion in texts
-            ]
-            self.processes.write(args.output_dir, write_json, path, probes)
+            probes = pandas.DataFrame({"row": rows["row"][:], "truncated": [c["truncated"] for c in completions]})
+            probes["prompt"] = [_last_turn(read_prompt(data[row])) for row in rows["row"][:]]
+            ids = rows["real_ids"], [completion["generated_ids"] for completion in completions]
+            probes["real"], probes["generated"] = map(self.game.rules.decode, ids)
+            self.processes.write(args.output_dir, write_json, path, probes.to_dict("records"))
         if self.trainer.is_world_process_zero():
             self._show(args, iteration)
 
     def _show(self, args: SPINConfig, iteration: int):
         if iteration:
             # One column per model: there are fewer of them than numbers
-            rows = iteration_rows(read_models(args.output_dir, iteration - 1), self.find_best(iteration - 1))
-            show_table("Self-play so far", [list(row) for row in zip(*rows, strict=True)], justify="right")
+            columns = [list(column) for column in zip(*self.table(iteration - 1), strict=True)]
+            show_table("Self-play so far", columns, justify="right")
         if not args.num_probes:
             return
         models = {"start": 0} | {f"iteration {t}": t + 1 for t in range(iteration)}
@@ -130,8 +126,7 @@ class LineCallback(PrinterCallback):
     def on_log(self, args: SPINConfig, state: TrainerState, control: TrainerControl, logs: dict, **kwargs):
         if state.is_world_process_zero and "self_play/best_iteration" not in logs:  # which the end of the run says
             num_prompts = sum(map(len, self.game.datasets.values()))
-            steps = {"step": state.global_step, "max_steps": state.max_steps}
-            tqdm.write(log_line(logs, iteration=self.game.iteration, num_prompts=num_prompts, **steps))
+            tqdm.write(log_line(logs, game=self.game, state=state, num_prompts=num_prompts))
 
 
 class BarCallback(LineCallback, ProgressCallback):

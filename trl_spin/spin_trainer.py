@@ -52,7 +52,7 @@ from .pairs import Game, GameDataset, PairCollator, leave_out_unplayed
 from .preflight import DryRun, PreflightCallback
 from .report.card import write_model_card
 from .run.checkpoints import Checkpoints
-from .run.games import read_models
+from .run.files import read_records
 from .run.logs import logger
 from .run.processes import Processes, StopRequested, StopSignal, explain_out_of_memory
 from .run.resume import game_settings, open_run, run_lock, run_settings
@@ -230,7 +230,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         self.add_callback(self_play)
         if args.log_completions:
             self.add_callback(CompletionsCallback(game, processes))
-        self.add_callback(ProbeCallback(self, game, processes, probe_engine, best_metric.find_best))
+        self.add_callback(ProbeCallback(self, game, processes, probe_engine, best_metric.table))
         self.add_callback(self.best_iteration)
         self.add_callback(ReportCallback(game, processes))
         # In place of what the Trainer attaches, unless in a notebook
@@ -470,7 +470,6 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         if not self.is_world_process_zero():
             return
         left_out = sum(self.game.left_out["train"].values())
-        models = read_models(self.run_dir, self.args.num_self_play_iterations - 1)
         unsloth = ["unsloth"] if hasattr(self.model.config, "unsloth_version") else []
         write_model_card(
             Path(self.args.output_dir) / "README.md",
@@ -481,8 +480,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             dataset_name=dataset_name,
             data=f"`{self.dataset_name}`, {len(self.game.train)} prompts ({left_out} rows left out)",
             settings={name: value for name, value in self.args.to_dict().items() if name in _CARD_SETTINGS},
-            models=models,
-            best=self.best_iteration.best_metric.find_best(models[-1]["iteration"]),
+            records=read_records(self.run_dir, self.args.num_self_play_iterations),
+            rows=self.best_iteration.best_metric.table(self.args.num_self_play_iterations - 1),
             tags=[*self._tag_names, *unsloth, *([tags] if isinstance(tags, str) else tags or [])],
         )
 

@@ -25,8 +25,6 @@ from huggingface_hub import ModelCard, ModelCardData
 # Private to TRL, whose own card shows these links (trl 1.16, `create_model_card`)
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
-from .tables import iteration_rows
-
 
 def write_model_card(
     path: str | Path,
@@ -34,9 +32,8 @@ def write_model_card(
     base_model: str | None,
     dataset_name: str | None,
     model_name: str,
-    models: list[dict[str, Any]],
+    records: list[dict[str, Any]],
     tags: list[str],
-    best: int | None = None,
     **shown: Any,
 ):
     """
@@ -51,15 +48,14 @@ def write_model_card(
             Dataset on the Hub to link to.
         model_name (`str`):
             Name of the model.
-        models (`list[dict[str, Any]]`):
-            What is known of the models so far, see [`~run.games.read_models`].
+        records (`list[dict[str, Any]]`):
+            Records of the finished iterations, see [`read_records`].
         tags (`list[str]`):
             Tags.
-        best (`int`, *optional*):
-            Iteration of the best model.
         **shown:
             What else model_card.md shows: `hub_model_id`, repository of the model on the Hub or `None`; `revision` of
-            the base model or `None`; `data`, the training data in words; `settings`, options of the run by name.
+            the base model or `None`; `data`, the training data in words; `settings`, options of the run by name; `rows`,
+            a table of the models, titles first.
     """
     if (trackio_url := get_trackio_space_url()) is not None:
         # In place of the tag that trackio has set, which names the Space but not the run
@@ -80,8 +76,7 @@ def write_model_card(
         card_data,
         template_path=str(Path(__file__).with_name("model_card.md")),
         start=base_model,
-        models=models,
-        rows=iteration_rows(models, best),
+        records=records,
         # There is a run only where wandb has been imported
         wandb_run=getattr(sys.modules.get("wandb"), "run", None),
         trackio_url=trackio_url,

@@ -54,8 +54,8 @@ def log_line(logs: dict[str, Any], **facts: Any) -> str:
     values["dataset"] = prefix.removeprefix("eval").rstrip("_").replace("_", " ", 1)
     line = next((line for key, line in TITLES["console"].items() if key in values), None)
     if line is None:  # something of the user's own
-        own = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
-        return f"Iteration {facts['iteration']}: {', '.join(own)}"
+        own = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items() if k != "epoch")
+        return f"Iteration {facts['game'].iteration}: {', '.join(own)}"
     shown = []
     for part in line:
         with suppress(KeyError):  # not every objective has every metric

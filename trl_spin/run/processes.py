@@ -160,7 +160,7 @@ class Processes:
         batches = [left for batch in batches if (left := [i for i in batch if i not in results])]
         new, last_commit = [], time.monotonic()
         hidden = self.quiet or desc is None or not self.accelerator.is_main_process
-        bar = tqdm(total=num_rows, initial=len(results), desc=desc, unit=" rows", leave=False, disable=hidden)
+        bar = tqdm(total=num_rows, initial=len(results), desc=desc, unit="row", leave=False, disable=hidden)
         with bar as progress:
             for start in range(0, len(batches), world_size):
                 batch = batches[min(start + rank, len(batches) - 1)]
