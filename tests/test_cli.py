@@ -127,7 +127,7 @@ def test_the_command_line_overrides_yaml(sft, monkeypatch):
         run(monkeypatch, ["--config", str(sft / "recipe.yaml")])
 
 
-def test_a_mixture_of_datasets_and_evaluation(sft, monkeypatch):
+def test_a_mixture_of_datasets_and_evaluation(sft, monkeypatch, capsys):
     recipe = {
         "datasets": [{"path": "json", "data_files": str(sft / "data.jsonl")}] * 2,
         "test_split_size": 0.25,
@@ -137,6 +137,8 @@ def test_a_mixture_of_datasets_and_evaluation(sft, monkeypatch):
     arguments = command_line(sft, "run", dataset_name="none")
     del arguments[arguments.index("--dataset_name") : arguments.index("--dataset_name") + 2]
     run(monkeypatch, ["--config", str(sft / "mixture.yaml"), *arguments])
+    end = capsys.readouterr().out.split("Done. The model is in ")
+    assert len(end) == 2 and end[1].startswith(f"{sft / 'run'}, ")
     record = json.loads((sft / "run" / "iteration-1" / "self_play.json").read_text())
     assert record["eval_nll/real"] > 0
     with pytest.raises(SystemExit, match="exactly one source"):

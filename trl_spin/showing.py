@@ -136,7 +136,8 @@ class BarCallback(LineCallback, ProgressCallback):
         if state.is_world_process_zero:
             bar, coming = self.training_bar, len(self.game.schedule.num_epochs) - 1 - self.game.iteration
             # The steps before a resume took no time
-            bar.initial = bar.n = bar.last_print_n = self.current_step = state.global_step
+            bar.initial += state.global_step - self.current_step
+            bar.n = bar.last_print_n = self.current_step = state.global_step
             bar.unpause()
             bar.set_description(f"Iteration {self.game.iteration}", refresh=False)
             last = [logs for logs in state.log_history if "self_play/iteration" in logs][-1:]
