@@ -191,8 +191,8 @@ def main():
         line = traceback.extract_tb(error.__traceback__)[-1].line
         if "--traceback" in sys.argv or not (line.startswith("raise") or isinstance(error, (OSError, ImportError))):
             raise
-        is_main = os.environ.get("RANK", "0") == "0"
-        sys.exit(f"trl-spin: error: {' '.join(str(error).split())}" if is_main else 1)
+        rank = os.environ.get("RANK", "0")  # others may fail alone
+        sys.exit(f"trl-spin: error: {'' if rank == '0' else f'[rank {rank}] '}{' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
