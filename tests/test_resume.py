@@ -348,8 +348,8 @@ def assert_told_how_to_go_on(output_dir: Path) -> str:
     return text
 
 
-def shards(output_dir: Path) -> set[Path]:
-    return set(output_dir.glob("self_play/iteration-*/completions-*/train-*.parquet"))
+def shards(output_dir: Path, name: str = f"train-{64 * '?'}") -> set[Path]:
+    return set(output_dir.glob(f"self_play/iteration-*/completions-*/{name}.parquet"))
 
 
 def test_signals_stop_a_run_and_lose_nothing(tmp_path, straight):
@@ -363,6 +363,10 @@ def test_signals_stop_a_run_and_lose_nothing(tmp_path, straight):
     assert_killed(straight, tmp_path, "full", 1, SCORING, signal.SIGTERM)
     assert_told_how_to_go_on(tmp_path)
     assert {path.parent.parent.name for path in shards(tmp_path)} == {"iteration-1"}
+    scores = shards(tmp_path, "train-scores-*")
+    assert scores
+    assert_killed(straight, tmp_path, "full", 1, SCORING, signal.SIGTERM)
+    assert scores < shards(tmp_path, "train-scores-*")  # the first ones were used
     assert_ends_like(straight, tmp_path)
 
 
@@ -370,6 +374,8 @@ def test_sigterm_of_one_process_stops_all_and_loses_nothing(tmp_path, straight):
     assert_killed(straight, tmp_path, "full", 2, BATCH, signal.SIGTERM)
     assert_told_how_to_go_on(tmp_path)
     assert shards(tmp_path)
+    assert_killed(straight, tmp_path, "full", 2, SCORING, signal.SIGTERM)
+    assert shards(tmp_path, "train-scores-*")
     assert_killed(straight, tmp_path, "full", 2, "in the middle of an epoch", signal.SIGTERM)
     assert_told_how_to_go_on(tmp_path)
     assert (tmp_path / "checkpoint-9").is_dir()

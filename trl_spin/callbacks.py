@@ -64,7 +64,7 @@ class SelfPlayCallback(TrainerCallback):
             pairs = self.find_stored(request)  # of a run that stopped between store and swap
             if pairs is None:
                 pairs = self.generate(request)  # y' ~ p_θt(·|x)
-                pairs = self.score(pairs)  # log p_θt(y|x), log p_θt(y'|x)
+                pairs = self.score(request, pairs)  # log p_θt(y|x), log p_θt(y'|x)
                 self.store(request, pairs)
             self.swap(iteration, pairs.datasets, at_start=True)
         elif not self.game.started:  # resumed in the middle of an iteration
@@ -87,10 +87,9 @@ class SelfPlayCallback(TrainerCallback):
     def find_stored(self, request: Request) -> Pairs | None:
         """The pairs of this very opponent, if they are stored already."""
         stored = self.processes.on_main(find_stored, self.trainer.args.output_dir, request)
-        if stored is None:
-            return None
-        self.trainer.log(dict(stored[1]))
-        return Pairs(*stored)
+        if stored is not None:
+            self.trainer.log(dict(stored[1]))
+        return stored and Pairs(*stored)
 
     def generate(self, request: Request) -> Pairs:
         """The opponent completes every prompt. Those of earlier opponents are added as `opponent_history` asks."""
@@ -106,9 +105,9 @@ class SelfPlayCallback(TrainerCallback):
         speed = {"generation_time": seconds, "generated_tokens_per_second": num_tokens / seconds}
         return Pairs(pairs, {f"self_play/{key}": value for key, value in speed.items()})
 
-    def score(self, pairs: Pairs) -> Pairs:
+    def score(self, request: Request, pairs: Pairs) -> Pairs:
         """The reference scores all pairs, in the layout and precision of training."""
-        trainer, start = self.trainer, time.perf_counter()
+        trainer, start, directory = self.trainer, time.perf_counter(), request.directory(self.trainer.args.output_dir)
         batch_size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_train_batch_size
 
         def logps_of(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +117,8 @@ class SelfPlayCallback(TrainerCallback):
         training = trainer.model_wrapped.training
         trainer.model_wrapped.eval()
         scored = {
-            name: score(logps_of, self.processes, part, name, batch_size) for name, part in pairs.datasets.items()
+            name: score(logps_of, self.processes, part, name, batch_size, directory)
+            for name, part in pairs.datasets.items()
         }
         trainer.model_wrapped.train(training)
         return Pairs(scored, pairs.metrics | {"self_play/scoring_time": time.perf_counter() - start})

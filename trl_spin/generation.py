@@ -17,6 +17,8 @@
 import hashlib
 import math
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from datasets import Dataset
 from .engines import Engine
 from .engines.generate import length_sorted_batches
 from .pairs import PAIR_FEATURES, Columns, Game, Rules, as_preference, with_logps
-from .run.games import Request, read_completions, write_completions
+from .run.games import Request, read_completions, read_rows, write_rows
 from .run.logs import logger
 from .run.processes import Processes, explain_out_of_memory
 from .spin_config import SPINConfig
@@ -67,12 +69,7 @@ def generate_pairs(
         if done and name == "train":
             found = f"{len(done)} of {len(rows)} {name} prompts have been completed already"
             logger.warning(f"Iteration {iteration}: {found}. Their completions are used.")
-
-        def commit(completions: list[tuple[int, dict]], name=name):
-            if completions:
-                shard = [{"index": index, **completion} for index, completion in completions]
-                processes.write(args.output_dir, write_completions, directory, name, shard)
-
+        commit = partial(processes.write, directory, write_rows, directory, name)
         prompts, seeds = rows["prompt_ids"][:], [row_seed(args.seed, iteration, name, row) for row in rows["row"][:]]
         desc = f"Iteration {iteration}: completing {name} prompts"
         completions = engine.complete(model, prompts, seeds, args.max_completion_length, desc, done, commit)
@@ -96,9 +93,12 @@ def check_played(pairs: Dataset, rules: Rules, iteration: int):
     )
 
 
-def score(logps_of: LogProbs, processes: Processes, pairs: Dataset, name: str, batch_size: int) -> Dataset:
+def score(
+    logps_of: LogProbs, processes: Processes, pairs: Dataset, name: str, batch_size: int, directory: Path | None = None
+) -> Dataset:
     """
-    The reference scores all pairs of a dataset.
+    The reference scores all pairs of a dataset. Scores are committed as completions are, and used by a run that goes
+    on.
 
     Args:
         logps_of (`Callable`):
@@ -111,6 +111,8 @@ def score(logps_of: LogProbs, processes: Processes, pairs: Dataset, name: str, b
             Name of the dataset.
         batch_size (`int`):
             Number of the longest pairs in a batch. Shorter ones come in larger numbers, with as many tokens in all.
+        directory (`Path`, *optional*):
+            Where to commit scores, if at all: see [`~run.games.Request`].
 
     Returns:
         [`~datasets.Dataset`]: The same pairs with their reference log-probs.
@@ -121,20 +123,28 @@ def score(logps_of: LogProbs, processes: Processes, pairs: Dataset, name: str, b
     columns = Columns(pairs)
     lengths = columns.pair_lengths().tolist()
     batches = length_sorted_batches(lengths, lambda longest: batch_size * max(lengths) // longest)
+    # Of these very pairs: completions that were lost may have been drawn anew
+    scores_name = f"{name}-scores-{columns.fingerprint()[:16]}"
+    done = directory and processes.on_main(read_rows, directory, scores_name)
 
-    def score_batch(batch: list[int]) -> list[tuple[float, float]]:
+    def score_batch(batch: list[int]) -> list[dict[str, float]]:
         remedy = f"Lower `precompute_ref_batch_size` ({batch_size}), here and on resume."
         with explain_out_of_memory("scoring", remedy):
             real, generated = logps_of([as_preference(columns[i]) for i in batch])
-        return list(zip(real.tolist(), generated.tolist(), strict=True))
+        return [{"real": r, "generated": g} for r, g in zip(real.tolist(), generated.tolist(), strict=True)]
 
-    logps = processes.map(batches, score_batch, f"Scoring {name} pairs")
+    def commit(scores: list[tuple[int, dict[str, float]]]):
+        for i, logps in scores:
+            if not all(map(math.isfinite, logps.values())):
+                raise ValueError(
+                    f"The model's log-probs of row {columns.scalars['row'][i]} of the {name} dataset are "
+                    f"{logps['real']} (real completion) and {logps['generated']} (generated completion): its weights "
+                    "or activations overflow. Train in bfloat16 or float32, not float16, lower the learning rate, or "
+                    "check the model that self-play started from."
+                )
+        if directory is not None:
+            processes.write(directory, write_rows, directory, scores_name, scores)
+
+    scores = processes.map(batches, score_batch, f"Scoring {name} pairs", done, commit)
     clear_device_cache()
-    for row, (real, generated) in zip(pairs["row"][:], logps, strict=True):
-        if not math.isfinite(real + generated):
-            raise ValueError(
-                f"The model's log-probs of row {row} of the {name} dataset are {real} (real completion) and "
-                f"{generated} (generated completion): its weights or activations overflow. Train in bfloat16 or "
-                "float32, not float16, lower the learning rate, or check the model that self-play started from."
-            )
-    return with_logps(pairs, logps)
+    return with_logps(pairs, [(logps["real"], logps["generated"]) for logps in scores])

@@ -65,46 +65,50 @@ class Request:
         return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
 
     def directory(self, output_dir: str) -> Path:
-        """Where completions are committed while more of them are generated."""
+        """Where completions and their scores are committed while more of them are computed."""
         return game_dir(output_dir, self.iteration) / f"completions-{self.hash[:16]}"
 
 
-def write_completions(directory: Path, name: str, completions: list[dict[str, Any]]):
-    """Commits a shard of completions during generation. The file carries its checksum in its name."""
+def write_rows(directory: Path, name: str, rows: list[tuple[int, dict[str, Any]]]):
+    """Commits results of some rows of a dataset, by index. The file carries its checksum in its name."""
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(completions), buffer)
+    table = pyarrow.Table.from_pylist([{"index": index, **row} for index, row in rows])
+    pyarrow.parquet.write_table(table, buffer)
     data = buffer.getvalue()
     with atomic_open(directory / f"{name}-{hashlib.sha256(data).hexdigest()}.parquet") as file:
         file.write(data)
 
 
+def read_rows(directory: Path, name: str) -> dict[int, dict[str, Any]]:
+    """What a stopped run has committed of a dataset, by index. What is damaged is named and left out."""
+    paths = sorted(directory.glob(f"{glob.escape(name)}-{64 * '?'}.parquet"))
+    rows = [row for path in paths for row in _read_shard(path, path.stem.removeprefix(f"{name}-"))]
+    return {row.pop("index"): row for row in rows}
+
+
+def _read_shard(path: Path, checksum: str) -> list[dict[str, Any]]:
+    if _sha256(path) == checksum:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    logger.warning(f"{path} is damaged: it does not match its checksum. Its rows are computed again.")
+    return []
+
+
 def read_completions(output_dir: str, request: Request, names: list[str]) -> dict[str, dict[int, dict]]:
     """
-    Completions for the same request that a stopped run left behind, by name of the dataset and index: committed
-    shards, or a stored game of which a part is damaged. What is damaged is named and left out.
+    Completions for the same request that a stopped run left behind, by name of the dataset and index: those that it
+    committed, and those of a stored game of which a part is damaged.
     """
-    sources = []  # name of the dataset, file, checksum, index of its first row
-    for name in names:
-        for path in sorted(request.directory(output_dir).glob(f"{glob.escape(name)}-{64 * '?'}.parquet")):
-            sources.append((name, path, path.stem.removeprefix(f"{name}-"), 0))
+    completions = {name: read_rows(request.directory(output_dir), name) for name in names}
     manifest = read_manifest(output_dir, request.iteration)
     if manifest is not None and manifest["request"] == request.hash:
         first = Counter()
         for shard in manifest["shards"]:
-            path = game_dir(output_dir, request.iteration) / shard["file"]
-            sources.append((shard["dataset"], path, shard["sha256"], first[shard["dataset"]]))
-            first[shard["dataset"]] += shard["rows"]
-
-    completions = {name: {} for name in names}
-    for name, path, checksum, first in sources:
-        if _sha256(path) != checksum:
-            logger.warning(f"{path} is damaged: it does not match its checksum. Its rows are generated again.")
-            continue
-        for index, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), first):
-            # Shards of a game hold pairs of earlier opponents, too. Committed ones say where their rows belong
-            if name in names and row.get("opponent", request.iteration) == request.iteration:
-                kept = {key: row[key] for key in ("prompt_ids", "generated_ids", "truncated")}
-                completions[name][row.get("index", index)] = kept
+            name, path = shard["dataset"], game_dir(output_dir, request.iteration) / shard["file"]
+            for index, row in enumerate(_read_shard(path, shard["sha256"]), first[name]):
+                # Shards of a game hold pairs of earlier opponents, too
+                if name in names and row["opponent"] == request.iteration:
+                    completions[name][index] = {key: row[key] for key in ("prompt_ids", "generated_ids", "truncated")}
+            first[name] += shard["rows"]
     return completions
 
 

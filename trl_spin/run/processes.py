@@ -173,7 +173,7 @@ class Processes:
                 if signum or due or start + world_size >= len(batches):
                     gathered = gather_object(new) if world_size > 1 else new
                     results.update(gathered)
-                    if commit is not None:
+                    if commit is not None and gathered:
                         commit(list(dict(gathered).items()))
                     new, last_commit = [], time.monotonic()
                 if signum:
