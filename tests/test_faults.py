@@ -107,7 +107,7 @@ def test_without_a_usable_checkpoint_a_run_starts_over_only_if_no_iteration_is_l
         resume(output_dir)
     shutil.rmtree(output_dir / "iteration-0")
     assert_same_weights(resume(output_dir), expected)
-    assert "starts from its beginning" in caplog.text
+    assert "the run goes on with the 12 completions that are there" in caplog.text
 
 
 def test_model_only_checkpoints_are_complete_if_asked_for(tmp_path):

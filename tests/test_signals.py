@@ -30,6 +30,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import ProgressCallback, TrainerCallback
 
+from trl_spin.measures import Measures
 from trl_spin.pairs import PAIR_FEATURES
 from trl_spin.report import tables
 from trl_spin.report.reader import read_run
@@ -85,26 +86,54 @@ def texts(length, seed, first=None, num=100):
     ]
 
 
+def judged(pairs, **context):
+    """A game with what it is judged by: unless said otherwise, nothing is wrong with its data."""
+    fine = {"num_pairs": len(pairs), "limit": 8, "beyond_limit": 0.0, "fitting": 8, "text": False}
+    return describe_game(pairs) | fine | {"unplayed": "identical", "nll_before": 1.0} | context
+
+
+FINE, FEW = make_pairs(texts(8, 0), texts(8, 1)), make_pairs(texts(12, 0, num=6), texts(8, 1, num=6))
+TRUNCATED, EMPTY = (make_pairs(texts(8, 0), texts(8, 1), **{kind: True}) for kind in ("truncated", "empty"))
+UNPLAYED = make_pairs(texts(8, 0), texts(8, 1), played=False)
+
+
 @pytest.mark.parametrize(
-    "pairs, message",
+    "games, message",
     [
-        (make_pairs(texts(8, 0), texts(8, 1)), None),
-        (make_pairs(texts(8, 0), texts(12, 1)), r"Length alone .*AUC 0.00, the generated ones are longer"),
-        (make_pairs(texts(12, 0), texts(8, 1)), r"Length alone .*AUC 1.00, the real ones are longer"),
-        (make_pairs(texts(8, 0, first=1), texts(8, 1)), r"first token alone .*AUC 0.9"),
+        ({"train": judged(FINE)}, None),
         (
-            make_pairs(texts(8, 0), texts(8, 1), truncated=True),
-            "100% of the generated completions are truncated. Raise",
+            {"train": judged(make_pairs(texts(8, 0), texts(12, 1)))},
+            r"Length alone .*: AUC 0.00, 8 tokens in a real one and 12 .* \(train\).\n.* raise `beta`",
         ),
-        (make_pairs(texts(8, 0), texts(8, 1)[:1] * 100), "1% of the generated completions are distinct, but 100%"),
-        (make_pairs(texts(8, 0), [[i] * 8 for i in range(100)]), "80% of the 4-grams .* loops"),
-        (make_pairs(texts(8, 0), texts(8, 1), real_nll=1.1), "less likely: .*1.000 -> 1.100 per token.* overshot"),
+        ({"train": judged(make_pairs(texts(12, 0), texts(8, 1)), nll_before=float("inf"))}, r"AUC 1.00.*\n.*starts"),
+        ({"train": judged(make_pairs(texts(12, 0), texts(8, 1), truncated=True))}, r"AUC 1.00.*\n.*'cut_real'"),
+        ({"train": judged(FEW)}, None),
+        ({"train": judged(make_pairs(texts(8, 0, first=1), texts(8, 1)))}, r"first token alone .*AUC 0.9.*\nUsually"),
+        (
+            {"train": judged(TRUNCATED, beyond_limit=0.9, fitting=300), "eval": judged(TRUNCATED, beyond_limit=1.0)},
+            r"^Generated completions are truncated: 100% \(train\); 100% \(eval\).\n90% .*up to 300 tokens.$",
+        ),
+        ({"train": judged(TRUNCATED, beyond_limit=0.1)}, r"100% \(train\).\n.*10% are longer.* does not end"),
+        (
+            {"train": judged(EMPTY), "eval": judged(FINE)},
+            r"^Generated completions are empty: 100% \(train\).\n.*Is the",
+        ),
+        ({"train": judged(EMPTY, text=True)}, r"empty: .*\nThe rows are text"),
+        ({"train": judged(UNPLAYED, unplayed="truncated")}, r"Few pairs are played: 0% \(train\).\n.*'drop'"),
+        (
+            {"train": judged(make_pairs(texts(8, 0), texts(8, 1)[:1] * 100))},
+            "are distinct: 1%, of the real ones 100%",
+        ),
+        ({"eval": judged(make_pairs(texts(8, 0), [[i] * 8 for i in range(100)]))}, r"80% of the 4-grams .*\(eval\)"),
+        (
+            {"eval": judged(make_pairs(texts(8, 0), texts(8, 1), real_nll=1.1))},
+            r"less likely: 1.000 -> 1.100 nats per token \(eval\).\n.*overshot",
+        ),
     ],
-    ids=["none", "longer", "shorter", "first token", "truncated", "collapse", "loops", "overshooting"],
+    ids="none longer shorter cut few first limit endless empty text drop collapse loops overshooting".split(),
 )
-def test_shortcuts_and_collapse_are_named_with_the_remedy(pairs, message):
-    earlier = describe_game(make_pairs(texts(8, 0), texts(8, 1)))
-    warnings = "\n".join(find_warnings(describe_game(pairs), earlier))
+def test_shortcuts_and_collapse_are_named_with_the_remedy(games, message):
+    warnings = "\n".join(find_warnings(games))
     if message is None:
         assert not warnings
     else:
@@ -120,6 +149,19 @@ def test_pairs_that_are_not_played_say_nothing_of_generated_completions():
     mixed = Dataset.from_list([*unplayed, *pairs.select(range(50, 100))], features=PAIR_FEATURES)
     described = describe_game(mixed)
     assert (described["nll_real"], described["nll_generated"], described["auc_logps"]) == (2.0, 1.0, 0.0)
+
+
+def test_ties_count_one_half_in_accuracies(tmp_path):
+    model = make_model(make_tokenizer())
+    torch.nn.init.zeros_(model.lm_head.weight)  # so that all tokens are alike, and no step changes that
+    kwargs = {"learning_rate": 1e-30, "num_self_play_iterations": 1, "loss_type": "space"}
+    trainer = make_trainer(tmp_path, model=model, eval_dataset=make_dataset(5), **kwargs)
+    trainer.train()
+    for name in ("rewards/accuracies", "objective/real_accuracies", "objective/generated_accuracies"):
+        for key in (name, f"eval_{name}"):
+            assert {logs[key] for logs in trainer.state.log_history if key in logs} == {0.5}
+    low, high = (trainer.state.log_history[-2][f"eval_rewards/accuracies_{end}"] for end in ("low", "high"))
+    assert low + high == pytest.approx(1.0)
 
 
 # ---- Held-out prompts ----
@@ -153,18 +195,19 @@ def test_choosing_needs_held_out_prompts(tmp_path, option):
 
 
 def test_numbers_of_the_user_are_those_of_each_model(tmp_path):
-    seen = []
+    seen, dataset = [], make_dataset(5)
 
     def measure(prompts, completions, real):
+        completions = [completion[0]["content"] for completion in completions]
         seen.append((prompts, completions, real))
         return {"length": sum(map(len, completions)) / len(completions)}
 
     trainer = make_trainer(
-        tmp_path, eval_dataset=make_dataset(5), compute_completion_metrics=measure, num_self_play_iterations=2
+        tmp_path, eval_dataset=dataset, compute_completion_metrics=measure, num_self_play_iterations=2
     )
     trainer.train()
     tokenizer = trainer.processing_class
-    assert seen[0][0][0] == "user\nCount to 1.\nassistant\n" and seen[0][2][1] == "1 2"
+    assert seen[0][0][0] == dataset[0]["messages"][:1] and seen[0][2][1] == dataset[1]["messages"][1:]
     for iteration in range(2):
         generated = load_game(str(tmp_path), iteration)["eval"]["generated_ids"]
         completions = tokenizer.batch_decode(generated[:], skip_special_tokens=True)
@@ -179,6 +222,25 @@ def test_numbers_of_the_user_are_those_of_each_model(tmp_path):
     # Of the last one, against which nothing is played, nothing is left that looks like an iteration to come
     assert not list(tmp_path.rglob("completions-*"))
     assert read_run(tmp_path).notes == []
+
+
+@pytest.mark.parametrize(
+    "function, expected",
+    [
+        (lambda prompts, completions, real: {"n": prompts == ["5?", "3?"] and completions == ["b", "a"]}, 1),
+        (lambda prompts, completions, real, right: {"n": real == ["5", "3"] and right == [5, 3]}, 1),
+        (lambda prompts, completions, texts, **columns: {"n": [*columns] == ["prompt", "real", "answer", "right"]}, 1),
+        (lambda real, generated, right, **columns: {"n": "real" not in columns and "right" not in columns}, 1),
+        (lambda *texts: {"n": len(texts)}, 3),
+    ],
+)
+def test_a_function_of_the_user_gets_the_columns_that_it_takes(tmp_path, function, expected):
+    rows = [{"prompt": f"{i}?", "real": "-", "answer": f"{i}", "right": i} for i in range(6)]
+    columns = {"prompt_column": "prompt", "completion_column": "answer"}
+    trainer = make_trainer(tmp_path, dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows), **columns)
+    pairs = make_pairs(*(map(trainer.processing_class.encode, side) for side in (["5", "3"], ["b", "a"])))
+    pairs = pairs.remove_columns("row").add_column("row", [5, 3])
+    assert Measures(trainer.game, function).of_completions({"eval": pairs}) == {"eval_completions/n": expected}
 
 
 def untimed(log_history):
@@ -211,7 +273,7 @@ def test_a_run_with_numbers_of_the_user_can_be_resumed(tmp_path):
             control.should_training_stop = state.global_step == 5
 
     kwargs = {"eval_dataset": make_dataset(5), "save_strategy": "steps", "save_steps": 4}
-    kwargs["compute_completion_metrics"] = lambda *texts: {"length": sum(map(len, texts[1]))}
+    kwargs["compute_completion_metrics"] = lambda *texts: {"length": len(str(texts[1]))}
     straight = make_trainer(tmp_path / "straight", **kwargs)
     straight.train()
     make_trainer(tmp_path / "run", callbacks=[Stop()], **kwargs).train()

@@ -425,7 +425,7 @@ def test_the_same_game_is_played_on_held_out_prompts(tmp_path):
 
 
 @pytest.mark.parametrize("step", [2, 4, 6, 7])
-def test_a_resumed_run_is_the_same_run(tmp_path, step):
+def test_a_resumed_run_is_the_same_run(tmp_path, caplog, step):
     kwargs = {
         "num_self_play_iterations": 3,
         "num_train_epochs": [1, 2],
@@ -442,6 +442,9 @@ def test_a_resumed_run_is_the_same_run(tmp_path, step):
     make_trainer(tmp_path / "resumed", save_steps=1, callbacks=[Stop()], **kwargs).train()
     resumed = make_trainer(tmp_path / "resumed", save_steps=1, **kwargs)
     resumed.train(resume_from_checkpoint=True)
+    assert "finished" not in caplog.text
+    resumed.train(resume_from_checkpoint=True)  # once more
+    assert "This run is finished, its 3 iterations are played: nothing is left to do" in caplog.text
     for (name, p), q in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q), name
     games = [load_game(str(tmp_path / run), 2)["train"][:] for run in ("straight", "resumed")]
@@ -455,8 +458,10 @@ def test_runs_are_not_mixed(tmp_path):
     with pytest.raises(ValueError, match="has not started"):
         make_trainer(tmp_path / "eval", eval_dataset=make_dataset(3)).evaluate()
     trainer.train()
-    with pytest.raises(ValueError, match="holds the games of another run"):
+    with pytest.raises(ValueError, match="holds a finished run of 2 iterations .* raise `num_self_play_iterations`"):
         make_trainer(tmp_path).train()
+    with pytest.raises(ValueError, match="holds the games of another run"):
+        make_trainer(tmp_path, num_self_play_iterations=3).train()
 
 
 def test_max_steps_cuts_the_game_short(tmp_path):

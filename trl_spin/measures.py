@@ -14,17 +14,19 @@
 
 """What is measured: of every step, of the opponent's completions, and by a function of the user's own."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
 from .pairs import Game
-from .report.signals import describe_game, find_warnings, metric_prefix, proportion_interval
+from .report.signals import KINDS, describe_game, find_warnings, metric_prefix, proportion_interval
 from .run.games import read_manifest
 from .spin_config import SPINConfig
 
@@ -36,6 +38,14 @@ def last_logs(log_history: list[dict[str, Any]], first_step: int) -> dict[str, f
         if logs["step"] > first_step and "self_play/iteration" not in logs and "train_runtime" not in logs:
             logged |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
     return logged
+
+
+def accuracy(margins: torch.Tensor) -> float:
+    """
+    How often a margin is positive. A tie counts one half: when an iteration starts, the model is its own opponent and
+    all margins are 0, as are those of identical completions and of pairs that are not played.
+    """
+    return torch.heaviside(margins, margins.new_tensor(0.5)).mean().item()
 
 
 @dataclass(frozen=True)
@@ -51,14 +61,23 @@ class Measures:
     """
 
     game: Game
-    compute: Callable[[list[str], list[str], list[str]], dict[str, float]] | None
+    compute: Callable[..., dict[str, float]] | None
 
     def of_completions(self, pairs: dict[str, Dataset]) -> dict[str, float]:
         """What the user's function says of completions of held-out prompts."""
-        metrics = {}
+        metrics, decode = {}, self.game.rules.decode
         for name in self.game.held_out if self.compute is not None else ():
-            texts = (self.game.rules.decode(pairs[name][f"{part}_ids"]) for part in ("prompt", "generated", "real"))
-            for key, value in self.compute(*texts).items():
+            dataset, read_prompt = self.game.sources[name]
+            dataset = dataset.select(pairs[name]["row"][:])
+            texts = [[read_prompt(row) for row in dataset]]
+            texts += [decode(pairs[name][f"{side}_ids"]) for side in ("generated", "real")]
+            if isinstance(texts[0][0], list):
+                texts[1:] = ([[{"role": "assistant", "content": text}] for text in side] for side in texts[1:])
+            # The columns that it takes, by its signature, beside the three lists
+            taken = inspect.signature(self.compute).parameters
+            takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+            names = [c for c in dataset.column_names if (takes_all or c in taken) and c not in [*taken][:3]]
+            for key, value in self.compute(*texts, **{name: dataset[name][:] for name in names}).items():
                 metrics[f"{metric_prefix(name)}completions/{key}"] = float(value)
         return metrics
 
@@ -66,23 +85,31 @@ class Measures:
         self, output_dir: str, iteration: int, pairs: dict[str, Dataset], log_history: list[dict[str, Any]]
     ) -> tuple[dict[str, float], list[str]]:
         """Metrics of an iteration's pairs, and in words what deserves a look."""
-        game, described, metrics = self.game, {}, {}
+        game, games, metrics = self.game, {}, {}
+        limit, template = game.settings["sampling"]["max_completion_length"], game.rules.tokenizer.chat_template
+        earlier = read_manifest(output_dir, iteration - 1) or {"metrics": {}}  # before iteration 0, there is none
         for name, dataset in pairs.items():
-            prefix = metric_prefix(name) + "self_play/"
-            described[name] = describe_game(dataset.select(range(len(game.datasets[name]))))  # the newest opponent's
-            metrics |= {prefix + key: value for key, value in described[name].items()}
+            prefix, newest = metric_prefix(name) + "self_play/", dataset.select(range(len(game.datasets[name])))
+            described, flags = describe_game(newest), newest.with_format("numpy")
+            metrics |= {prefix + key: value for key, value in described.items()}
             metrics[f"{prefix}left_out"] = sum(game.left_out[name].values())
+            lengths, (source, read_prompt) = game.datasets[name].columns.lengths("real_ids"), game.sources[name]
+            games[name] = described | {
+                "num_pairs": len(newest),
+                "limit": limit,
+                "beyond_limit": (lengths > limit).mean(),
+                "fitting": math.ceil(np.quantile(lengths, 0.95)),
+                "text": template is not None and isinstance(read_prompt(source[newest["row"][0]]), str),
+                "unplayed": max(KINDS, key=lambda kind: (flags[kind][:] & ~flags["played"][:]).sum()),
+                "nll_before": earlier["metrics"].get(f"{prefix}nll_real", math.inf),
+            }
         for age in range(len(pairs["train"]) // len(game.train)):
             metrics[f"self_play/opponent_age_{age}"] = len(game.train) / len(pairs["train"])
         # The opponent's completions of held-out prompts were measured when the iteration that made it ended
         logged = last_logs(log_history, game.schedule.starts[iteration - 1]) if iteration else {}
         known = {key: value for key, value in logged.items() if "completions/" in key}
         metrics |= known or self.of_completions(pairs)
-        prefix = metric_prefix(game.watched.name) + "self_play/"
-        earlier = read_manifest(output_dir, iteration - 1) if iteration else None
-        if earlier is not None:
-            earlier = {key.removeprefix(prefix): value for key, value in earlier["metrics"].items()}
-        return metrics, find_warnings(described[game.watched.name], earlier)
+        return metrics, find_warnings(games)
 
 
 class StepMonitor:
@@ -135,6 +162,7 @@ class StepMonitor:
         statistics = (num_real, num_generated, *logratios, loss)
         statistics = torch.stack([value.detach().to(loss.dtype).expand(len(num_real)) for value in statistics], dim=1)
         num_real, num_generated, real, generated, losses = self.accelerator.gather(statistics).unbind(dim=1)
+        metrics["rewards/accuracies"][-1] = accuracy(real - generated)  # DPOTrainer counts ties as wrong (trl 1.16)
         logps = {side: metrics[f"logps/{side}"][-1] for side in ("chosen", "rejected")}
         if mode == "train" and not math.isfinite(losses.sum().item()):
             raise ValueError(
@@ -151,9 +179,7 @@ class StepMonitor:
         elif self.game.at_start:
             metrics["self_play/initial_loss"].append(losses.mean().item())
             # Rounding errors of the tokens add up to about the square root of their number
-            drift = [
-                (side.mean() / n.mean().sqrt()).item() for side, n in ((real, num_real), (generated, num_generated))
-            ]
+            drift = [(r.mean() / n.mean().sqrt()).item() for r, n in ((real, num_real), (generated, num_generated))]
             self._check_start(losses.mean().item(), *drift)
             self.game.at_start = False
 
@@ -171,15 +197,13 @@ class StepMonitor:
 
     def summarize(self, mode: str) -> dict[str, list[float]]:
         """What to log of the steps since the last log, which are forgotten."""
-        summary = {}
         nll, num_tokens = self._real[mode]
-        if num_tokens:
-            summary["nll/real"] = [nll / num_tokens]
+        summary = {"nll/real": [nll / num_tokens]} if num_tokens else {}
         self.reset(mode)
         if mode == "eval" and self._margins:
             # 95% intervals: an accuracy on few prompts says little
             margins = torch.tensor(self._margins)
-            ends = proportion_interval((margins > 0).float().mean().item(), len(margins))
+            ends = proportion_interval(accuracy(margins), len(margins))
             radius = 1.96 * margins.std().item() / math.sqrt(len(margins)) if len(margins) > 1 else math.inf
             ends += (margins.mean().item() - radius, margins.mean().item() + radius)
             names = [f"rewards/{metric}_{end}" for metric in ("accuracies", "margins") for end in ("low", "high")]

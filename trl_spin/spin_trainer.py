@@ -46,7 +46,7 @@ from .compat import check_forward, no_model_hash, prepare_model, replaced
 from .data import RowReader, hold_out
 from .engines import Generate, chosen_engine
 from .iterations import BestIterationCallback, BestMetric, CompletionMetricsCallback, IterationCallback
-from .measures import Measures, StepMonitor
+from .measures import Measures, StepMonitor, accuracy
 from .objectives import ChosenLosses
 from .pairs import Game, GameDataset, PairCollator, leave_out_unplayed
 from .preflight import DryRun, PreflightCallback
@@ -130,9 +130,12 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         peft_config ([`~peft.PeftConfig`], *optional*):
             See [`~trl.DPOTrainer`]. Opponent and reference of iteration t are the model with its adapter of that time.
         compute_completion_metrics (`Callable`, *optional*):
-            Function of held-out prompts, generated and real completions (three lists of texts without special tokens)
-            that returns numbers by name, better when higher, such as the share of exact matches. They are logged as
-            `eval_completions/<name>`: of the model that self-play starts from, and of each iteration's.
+            Function of held-out prompts, generated and real completions that returns numbers by name, better when
+            higher, such as the share of exact matches. They are logged as `eval_completions/<name>`: of the model that
+            self-play starts from, and of each iteration's. The three lists are as TRL's reward functions get them,
+            without special tokens: texts or, of conversational data, messages, one assistant message in each
+            completion. The dataset's other columns are passed as keyword arguments, as lists, if the function has
+            parameters with their names, or `**kwargs`.
         objective (`Callable`, *optional*):
             Objective of your own, in the place of `loss_type`: a function `f(real_logratios, generated_logratios,
             beta)` of the log-ratios log p_θ/p_θt of the real and of the generated completions, two tensors of shape
@@ -155,7 +158,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
-        compute_completion_metrics: Callable[[list[str], list[str], list[str]], dict[str, float]] | None = None,
+        compute_completion_metrics: Callable[..., dict[str, float]] | None = None,
         objective: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None,
     ):
         if ref_model is not None:
@@ -171,8 +174,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             raise ValueError(
                 f"{what}, but `optimizers` brings a scheduler, which spans the whole run: give one of them."
             )
-        measures = compute_completion_metrics is not None
-        eval_dataset, self._rows = hold_out(train_dataset, eval_dataset, args, measures)
+        eval_dataset, self._rows = hold_out(train_dataset, eval_dataset, args, compute_completion_metrics is not None)
         engine_class = chosen_engine(args)
         engine_class.check(args, model)
         if not isinstance(model, str):
@@ -260,8 +262,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         for objective, weight in self.losses.own:
             loss = loss + weight * objective.loss(real, generated, beta).mean()
             if not objective.of_margin:  # each side has a value of its own
-                for name, correct in (("real", real > 0), ("generated", generated < 0)):
-                    share_correct = self.accelerator.gather(correct.float()).mean().item()
+                for name, logratios in (("real", real), ("generated", -generated)):
+                    share_correct = accuracy(self.accelerator.gather(logratios.detach()))
                     self._metrics[mode][f"objective/{name}_accuracies"].append(share_correct)
         if share < 1:
             # Same mean over the whole batch, and same gradient, as if the unplayed pairs had gone through the model
@@ -383,10 +385,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             return TrainOutput(0, 0.0, {})
         except StopRequested as request:
             where = f"Stopped by {signal.Signals(request.signum).name} at step {self.state.global_step}"
-            remedy = (
-                "give the same command with `--resume_from_checkpoint true`, or `train(resume_from_checkpoint=True)`"
-            )
-            message = f"{where}. To resume, {remedy}."
+            command = "give the same command with `--resume_from_checkpoint true`"
+            message = f"{where}. To resume, {command}, or `train(resume_from_checkpoint=True)`."
             logger.warning(message)
             if request.signum == signal.SIGINT:
                 raise KeyboardInterrupt(message) from None

@@ -18,12 +18,14 @@ import math
 import tomllib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 
 SIDES = ("real", "generated")
+KINDS = ("truncated", "empty", "identical")  # of generated completions
 WARNINGS = tomllib.loads(Path(__file__).with_name("warnings.toml").read_text(encoding="utf-8"))
 
 
@@ -104,7 +106,7 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
         }
     return {
         **described,
-        **{name: _mean(pairs[name][:]) for name in ("truncated", "empty", "identical", "played")},
+        **{name: _mean(pairs[name][:]) for name in (*KINDS, "played")},
         "nll_real": -sum(logps["real"].tolist()) / int(lengths["real"].sum()),
         "nll_generated": -sum(logps["generated"][played].tolist()) / max(1, int(lengths["generated"][played].sum())),
         "auc_length": auc(lengths["real"], lengths["generated"]),
@@ -113,22 +115,47 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
     }
 
 
-def find_warnings(game: dict[str, float], earlier: dict[str, float] | None) -> list[str]:
+def find_warnings(games: dict[str, dict[str, Any]]) -> list[str]:
     """
-    What deserves a look in a game, and what to do about it. `game` and `earlier`, the game before it if there is one,
-    are as [`describe_game`] returns them.
+    What deserves a look in an iteration's games, and what to do about it: a line with the numbers, then the remedy.
+    What several games have in common is said once.
+
+    Args:
+        games (`dict[str, dict[str, Any]]`):
+            By name of the dataset, what [`describe_game`] returns and what it is judged by: `num_pairs`, the `limit`
+            of a completion, the share of real completions `beyond_limit`, the length `fitting` 95% of them, whether
+            rows are `text` although there is a chat template, of which kind most pairs are that are `unplayed`, and
+            the NLL of the real completions `nll_before` the last iteration (infinite if there was none).
     """
-    earlier = earlier or game
-    holds = {
-        **{kind: game[kind] > 0.5 for kind in ("truncated", "empty", "identical")},
-        "repeats_itself": game["distinct_generated"] < 0.5 * game["distinct_real"],
-        "loops": game["repetition_generated"] > 0.2 + game["repetition_real"],
-        "length": max(game["auc_length"], 1 - game["auc_length"]) > 0.75,
-        "first_token": game["auc_first_token"] > 0.75,
-        "overshot": game["nll_real"] > earlier["nll_real"] + 0.02,
+    causes, warnings = {name: _find_causes(game) for name, game in games.items()}, []
+    for warning, text in WARNINGS.items():
+        for cause in text:
+            where = {name: game for name, game in games.items() if causes[name][warning] == cause}
+            if where:
+                numbers = "; ".join(f"{text['number'].format(**game)} ({name})" for name, game in where.items())
+                remedy = text[cause].format(**next(iter(where.values())))
+                warnings.append(f"{text['what']}: {numbers}.\n{remedy}")
+    return warnings
+
+
+def _find_causes(game: dict[str, Any]) -> dict[str, str | bool]:
+    """The cause of each warning, by which its remedy is chosen; `False` if there is nothing to warn of."""
+    template = "text" if game["text"] else "template"
+    since = "start" if game["nll_before"] == math.inf else "training"
+    truncated, unplayed = game["truncated"] > 0.2, game["played"] < 0.8 and game["unplayed"]
+    # Few pairs say little: three standard errors of the Mann-Whitney statistic where both sides are alike
+    far = max(0.25, 3 * math.sqrt((2 * game["num_pairs"] + 1) / 12) / game["num_pairs"])
+    return {
+        "truncated": truncated and ("limit" if game["beyond_limit"] > game["truncated"] / 2 else template),
+        "empty": game["empty"] > 0.05 and template,
+        "played": unplayed,
+        "identical": game["identical"] > 0.5 and unplayed != "identical" and "memorized",
+        "repeats_itself": game["distinct_generated"] < 0.5 * game["distinct_real"] and since,
+        "loops": game["repetition_generated"] > 0.2 + game["repetition_real"] and since,
+        "length": abs(game["auc_length"] - 0.5) > far and ("cut" if truncated and game["auc_length"] > 0.5 else since),
+        "first_token": game["auc_first_token"] - 0.5 > far and template,
+        "overshot": game["nll_real"] > game["nll_before"] + 0.02 and since,
     }
-    longer = "real" if game["auc_length"] > 0.5 else "generated"
-    return [WARNINGS[name].format(earlier=earlier, longer=longer, **game) for name, found in holds.items() if found]
 
 
 def judge(before: float, after: float, name: str, greater_is_better: bool) -> tuple[bool, str]:

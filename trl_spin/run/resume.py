@@ -32,8 +32,8 @@ from transformers.trainer_utils import sort_checkpoints
 from ..engines import ENGINES
 from ..pairs import Game
 from ..spin_config import PER_ITERATION, SPINConfig
-from .files import RECORD, SETTINGS, read_json, write_json
-from .games import SCHEMA_VERSION, check_schema, find_game_fault
+from .files import RECORD, SETTINGS, game_dir, model_dir, read_json, write_json
+from .games import SCHEMA_VERSION, check_schema, find_game_fault, read_manifest, read_rows
 from .logs import logger
 from .processes import Processes
 
@@ -170,14 +170,15 @@ def open_run(
         `ValueError`: If the directory holds another run, or one with other settings, or nothing to resume from.
     """
     path = _run_file(args.output_dir)
-    run = read_json(path)
+    run, num_iterations = read_json(path), args.num_self_play_iterations
+    finished = (model_dir(args.output_dir, num_iterations - 1) / RECORD).is_file()
+    more = "To play more iterations, raise `num_self_play_iterations` and resume" if finished else "Resume it"
     if not resume_from_checkpoint:
         if run is not None:
-            what = f"`output_dir` ({args.output_dir}) holds the games of another run ({path.parent})"
+            what = f"a finished run of {num_iterations} iterations" if finished else "the games of another run"
+            what = f"`output_dir` ({args.output_dir}) holds {what} ({path.parent}), and runs are never mixed"
             resume = "`trainer.train(resume_from_checkpoint=True)` (`--resume_from_checkpoint true`)"
-            raise ValueError(
-                f"{what}, and runs are never mixed. Resume it with {resume}, or choose another `output_dir`."
-            )
+            raise ValueError(f"{what}. {more} with {resume}; to start over, choose another `output_dir`.")
         return None
     if run is None:
         if resume_from_checkpoint is True and not sort_checkpoints(args.output_dir):
@@ -190,6 +191,9 @@ def open_run(
         if run["versions"].get(name) != now:
             change = f"The run was started with {name} {run['versions'].get(name)} and continues with {now}"
             logger.warning(f"{change}: its result may differ in the last digits.")
+    if finished and resume_from_checkpoint is True:
+        over = f"This run is finished, its {num_iterations} iterations are played"
+        logger.warning(f"{over}: nothing is left to do. {more}; to start over, choose another `output_dir`.")
     return choose_checkpoint(args, resume_from_checkpoint, num_processes)
 
 
@@ -266,5 +270,9 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_
             "Restore the files, resume from another checkpoint, or start a new run from the last finished iteration."
         )
         raise ValueError("\n".join(["There is no checkpoint to resume from.", *(faults or [none]), remedy]))
-    logger.warning(f"There is no checkpoint in {args.output_dir} yet: the run starts from its beginning.")
+    stored = read_manifest(args.output_dir, 0) or {"shards": []}
+    done = sum(shard["rows"] for shard in stored["shards"] if shard["dataset"] == "train")
+    done = done or sum(len(read_rows(path, "train")) for path in game_dir(args.output_dir, 0).glob("completions-*"))
+    start = f"goes on with the {done} completions that are there" if done else "starts from its beginning"
+    logger.warning(f"There is no checkpoint in {args.output_dir} yet: the run {start}.")
     return None
