@@ -100,7 +100,7 @@ class Measures:
                 "beyond_limit": (lengths > limit).mean(),
                 "fitting": math.ceil(np.quantile(lengths, 0.95)),
                 "text": template is not None and isinstance(read_prompt(source[newest["row"][0]]), str),
-                "unplayed": max(KINDS, key=lambda kind: (flags[kind][:] & ~flags["played"][:]).sum()),
+                "unplayed": max(KINDS[::-1], key=lambda kind: (flags[kind][:] & ~flags["played"][:]).sum()),
                 "nll_before": earlier["metrics"].get(f"{prefix}nll_real", math.inf),
             }
         for age in range(len(pairs["train"]) // len(game.train)):
@@ -131,9 +131,8 @@ class StepMonitor:
 
     def __init__(self, accelerator: Accelerator, game: Game, metrics: dict, args: SPINConfig, exact: bool):
         self.accelerator, self.game, self.metrics, self.args = accelerator, game, metrics, args
-        self.tolerance = args.initial_loss_tolerance
-        if self.tolerance is None:
-            self.tolerance = 1e-3 if exact else 0.1
+        default = 1e-3 if exact else 0.1
+        self.tolerance = default if args.initial_loss_tolerance is None else args.initial_loss_tolerance
         self._real = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # NLL and number of tokens of the real completions
         self._margins: list[float] = []  # of the evaluation
 

@@ -18,7 +18,6 @@ import math
 import tomllib
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -115,13 +114,13 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
     }
 
 
-def find_warnings(games: dict[str, dict[str, Any]]) -> list[str]:
+def find_warnings(games: dict[str, dict]) -> list[str]:
     """
     What deserves a look in an iteration's games, and what to do about it: a line with the numbers, then the remedy.
     What several games have in common is said once.
 
     Args:
-        games (`dict[str, dict[str, Any]]`):
+        games (`dict[str, dict]`):
             By name of the dataset, what [`describe_game`] returns and what it is judged by: `num_pairs`, the `limit`
             of a completion, the share of real completions `beyond_limit`, the length `fitting` 95% of them, whether
             rows are `text` although there is a chat template, of which kind most pairs are that are `unplayed`, and
@@ -138,7 +137,7 @@ def find_warnings(games: dict[str, dict[str, Any]]) -> list[str]:
     return warnings
 
 
-def _find_causes(game: dict[str, Any]) -> dict[str, str | bool]:
+def _find_causes(game: dict) -> dict[str, str | bool]:
     """The cause of each warning, by which its remedy is chosen; `False` if there is nothing to warn of."""
     template = "text" if game["text"] else "template"
     since = "start" if game["nll_before"] == math.inf else "training"
