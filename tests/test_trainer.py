@@ -408,6 +408,8 @@ def test_the_same_game_is_played_on_held_out_prompts(tmp_path):
     trainer.train()
     evaluations = [logs for logs in trainer.state.log_history if "eval_a_nll/real" in logs]
     assert [logs["step"] for logs in evaluations] == [3, 6]
+    first = [logs["rewards/accuracies"] for logs in trainer.state.log_history if "self_play/initial_loss" in logs]
+    assert first == [0.5, 0.5]  # where all margins are 0, up to rounding
     last = AutoModelForCausalLM.from_pretrained(f"{tmp_path}/iteration-1")
     pairs = load_game(str(tmp_path), 1)["a"]
     nll = -sum(logp(last, p["prompt_ids"], p["real_ids"]).item() for p in pairs) / sum(map(len, pairs["real_ids"]))

@@ -161,7 +161,9 @@ class StepMonitor:
         statistics = (num_real, num_generated, *logratios, loss)
         statistics = torch.stack([value.detach().to(loss.dtype).expand(len(num_real)) for value in statistics], dim=1)
         num_real, num_generated, real, generated, losses = self.accelerator.gather(statistics).unbind(dim=1)
-        metrics["rewards/accuracies"][-1] = accuracy(real - generated)  # DPOTrainer counts ties as wrong (trl 1.16)
+        # DPOTrainer counts ties as wrong (trl 1.16). Before the first step, whatever margin there is is rounding
+        untrained = step == self.game.schedule.starts[self.game.iteration]
+        metrics["rewards/accuracies"][-1] = accuracy((real - generated) * (not untrained))
         logps = {side: metrics[f"logps/{side}"][-1] for side in ("chosen", "rejected")}
         if mode == "train" and not math.isfinite(losses.sum().item()):
             raise ValueError(
