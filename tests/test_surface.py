@@ -16,12 +16,16 @@
 
 import ast
 import inspect
+import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
+import numpy
 import pytest
 import torch
 import trl.trainer.dpo_trainer
@@ -35,6 +39,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, ModelConfig, ScriptArguments
 
 import trl_spin
 from trl_spin import SharedPrefixDPOTrainer, SPINConfig, SPINTrainer
+from trl_spin.spin_config import PER_ITERATION
 
 
 OPTIONS = SPINConfig.__dataclass_fields__
@@ -67,8 +72,8 @@ OVERRIDES = {
 NOT_CALLED = {(SPINTrainer, "push_to_hub"), (SharedPrefixDPOTrainer, "compute_ref_log_probs")}
 # What is read or set of a trainer, and elsewhere
 ATTRIBUTES = """
-    _created_lr_scheduler _is_vision_dataset _load_from_checkpoint _metrics _prepare_inputs _signature_columns _tokenizer
-    _total_train_tokens aux_loss_enabled beta loss_types loss_weights precompute_ref_logps use_weighting
+    _created_lr_scheduler _globalstep_last_logged _is_vision_dataset _load_from_checkpoint _metrics _prepare_inputs
+    _signature_columns _tokenizer _total_loss_scalar _total_train_tokens _tr_loss aux_loss_enabled beta loss_types loss_weights precompute_ref_logps use_weighting
 """.split()
 ELSEWHERE = {
     (trl.trainer.dpo_trainer, "hash_module"),
@@ -127,6 +132,39 @@ def test_options_of_dpo_and_grpo_have_their_defaults():
     assert others == OTHER_DEFAULTS.keys()
 
 
+VALUES = [None, True, False, -1, 0, 0.5, 1, 1.5, math.nan, math.inf, "", "false", "1e-3", '{"a": 1}', "{a", {"a": 1}]
+VALUES += [{}, [], [1, 0.5], [-1], [math.nan], [True], ["1e-3"], ["hinge"], numpy.float32(0.5), numpy.int64(3)]
+TAKEN = {  # which of the numbers from -1 to 1.5 an option takes
+    "0 1": "opponent_history held_out_size num_probes top_k",
+    "1": "num_self_play_iterations num_train_epochs max_prompts max_completion_length generation_token_budget",
+    "0 0.5 1 1.5": "sft_weight temperature",
+    "0 0.5 1": "min_p",
+    "0.5 1": "top_p",
+    "0.5 1 1.5": "learning_rate beta space_mu loss_weights initial_loss_tolerance repetition_penalty",
+}
+
+
+@pytest.mark.parametrize("name", sorted({*OWN_OPTIONS, *PER_ITERATION, "loss_weights", "loss_type"}))
+def test_an_option_is_refused_by_its_name_or_means_what_it_says(tmp_path, name):
+    types, numbers = f"{inspect.formatannotation(get_type_hints(SPINConfig)[name])} NoneType", []
+    types = types.replace("float", "float int")  # whole passes
+    others = {"loss_type": ["space"]} if name == "space_mu" else {}  # without which it would mean nothing
+    for value in VALUES:
+        try:
+            stored = getattr(make_args(tmp_path, **others | {name: value}), name)
+        except (ValueError, TypeError) as error:
+            assert f"`{name}" in str(error), value
+            continue
+        stored, value = (v[0] if isinstance(v, list) else v for v in (stored, value))
+        assert type(stored).__name__ in types and isinstance(stored, bool) == isinstance(value, bool)
+        assert stored == value or stored == json.loads(value)  # 1e-3 is a number in JSON
+        if type(value) in (int, float):
+            assert math.isfinite(value)
+            numbers.append(value)
+    expected = [taken for taken, names in TAKEN.items() if name in names.split()]
+    assert name.startswith("vllm_") or " ".join(map(str, dict.fromkeys(numbers))) == "".join(expected)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -135,6 +173,9 @@ def test_options_of_dpo_and_grpo_have_their_defaults():
         ({"vllm_server_port": 1}, "`vllm_server_port=1` means nothing to .*'generate'"),
         ({"use_vllm": True, "vllm_server_port": 1}, "`vllm_server_port=1` .* vLLM with `vllm_mode='colocate'`"),
         ({"use_vllm": True, "vllm_mode": "server", "vllm_enable_sleep_mode": True}, "`vllm_enable_sleep_mode=True`"),
+        ({"generation_kwargs": {"top_p": 0.9, "max_new_tokens": 5}}, r"\['max_new_tokens', 'top_p'\].*Remove them"),
+        ({"generation_kwargs": {"suppress": [1]}}, r"`generation_kwargs=.*has no \['suppress'\]"),
+        ({"cache_implementation": "sttaic"}, r"Invalid `cache_implementation` \(sttaic\)"),
         ({"use_vllm": True, "cache_implementation": "static"}, "`cache_implementation='static'`"),
         ({"use_vllm": True, "generation_kwargs": {"stop": ["a"], "seed": 1}}, r"\['seed', 'stop'\].*Remove them"),
         ({"transformers_continuous_batching_config": {"num_blocks": 8}}, "`transformers_continuous_batching_config="),

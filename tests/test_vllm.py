@@ -101,10 +101,17 @@ def check_sampling(args, end_token_ids, given):
     }
 
 
+def sampling_params(**kwargs):
+    if unknown := kwargs.keys() & {"suppress_tokens"}:  # which are transformers'
+        raise TypeError(f"Unexpected keyword argument {unknown}")
+    return kwargs
+
+
 @pytest.fixture(autouse=True)
 def vllm_installed(monkeypatch):
     monkeypatch.setattr("trl_spin.engines.vllm.is_vllm_available", lambda: True)
     monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda: True)
+    monkeypatch.setattr(trl.generation.vllm_generation, "SamplingParams", sampling_params, raising=False)
     with mock.patch.dict(os.environ):  # TRL sets variables that would make the next Accelerator a distributed one
         yield
 
@@ -157,7 +164,6 @@ def llm(monkeypatch):
 
     module = trl.generation.vllm_generation
     monkeypatch.setattr(module, "LLM", LLM, raising=False)
-    monkeypatch.setattr(module, "SamplingParams", lambda **kwargs: kwargs, raising=False)
     return LLM
 
 
@@ -351,6 +357,8 @@ def test_what_vllm_cannot_complete_is_refused(tmp_path, monkeypatch, llm):
         vllm_trainer(tmp_path, load_in_4bit(tmp_path / "sft"), peft_config=LoraConfig(**LORA))
     with pytest.raises(ValueError, match="`name_or_path` is empty"):
         vllm_trainer(tmp_path, make_model(make_tokenizer()))
+    with pytest.raises(ValueError, match="`generation_kwargs=.*Unexpected keyword argument"):
+        vllm_trainer(tmp_path, generation_kwargs={"suppress_tokens": [1]})
     monkeypatch.setattr("trl_spin.engines.vllm.is_vllm_available", lambda: False)
     with pytest.raises(ImportError, match=r"pip install trl-spin\[vllm\]"):
         vllm_trainer(tmp_path)

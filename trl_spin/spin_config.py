@@ -12,10 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import json
+import math
 import re
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any
+from inspect import formatannotation
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.trainer_utils import HubStrategy
 from trl import DPOConfig
@@ -43,16 +48,38 @@ _FIXED_OPTIONS = {
     "hub_strategy": (HubStrategy.END, "a push at each checkpoint would upload the games, and with them your data"),
     "load_best_model_at_end": (False, "losses of different games do not compare (see `load_best_iteration_at_end`)"),
 }
-# Options with a smallest value, and what it means
-_AT_LEAST = {
-    "num_self_play_iterations": (1, "plain supervised fine-tuning is for `trl.SFTTrainer`"),
-    "temperature": (0, "greedy"),
-    "held_out_size": (0, "none"),
-    "num_probes": (0, "none"),
-    "opponent_history": (0, "plain SPIN"),
-    "max_completion_length": (1, "token"),
-    "generation_token_budget": (1, "token"),
-}
+# What the numbers of options must be, and the options (none: all of them)
+_BOUNDS = (
+    ("finite", lambda v: abs(v) < math.inf, ""),
+    ("whole passes over the prompts", lambda v: v % 1 == 0, "num_train_epochs"),
+    ("> 0", lambda v: v > 0, "learning_rate beta space_mu loss_weights initial_loss_tolerance top_p"),
+    ("> 0", lambda v: v > 0, "repetition_penalty vllm_gpu_memory_utilization"),
+    (">= 0", lambda v: v >= 0, "sft_weight opponent_history held_out_size num_probes temperature top_k min_p"),
+    (">= 1", lambda v: v >= 1, "num_self_play_iterations num_train_epochs max_prompts max_completion_length"),
+    (">= 1", lambda v: v >= 1, "generation_token_budget vllm_max_model_length vllm_tensor_parallel_size"),
+    ("<= 1", lambda v: v <= 1, "top_p min_p vllm_gpu_memory_utilization"),
+)
+_NUMBERS = {int: Integral, float: Real}  # which numpy's are as well
+
+
+def _as_type(value: Any, hint: Any) -> Any:
+    """
+    The value as an option of this type has it: a number is one of Python's, one value makes a list, and text is a
+    number in a list, since YAML reads 1e-3 as text. Raises a `ValueError` if it is of another type.
+    """
+    for kind in get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]:
+        base, inner = get_origin(kind) or kind, get_args(kind)
+        if base is list and value is not None:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            return [float(v) if inner == (float,) and isinstance(v, str) else _as_type(v, *inner) for v in values]
+        if base is dict and isinstance(value, str):
+            _as_type(json.loads(value), dict)
+            return value.strip()  # which the parent class reads
+        if base in _NUMBERS and isinstance(value, _NUMBERS[base]) and not isinstance(value, bool):
+            return base(value)
+        if value in inner if base is Literal else base not in _NUMBERS and isinstance(value, base):
+            return value
+    raise ValueError(f"this is `{type(value).__name__}`")
 
 
 def help_from_docstring(cls: type) -> type:
@@ -156,7 +183,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             memorizes training pairs, so numbers measured on them say little.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Additional keyword arguments for the chat template, for generation and training alike. A
-            `chat_template_kwargs` column in the dataset takes precedence.
+            `chat_template_kwargs` column in the dataset takes precedence. The template itself is the tokenizer's.
 
         > Parameters that control generation
 
@@ -228,9 +255,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     precompute_ref_log_probs: bool = True
     gradient_checkpointing: bool | None = field(default=None, metadata={"nargs": "?", "const": True})  # as a flag, too
     hub_strategy: HubStrategy | str = "end"
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"choices": ["random", "sequential", "group_by_length"]}
-    )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
     save_total_limit: int | None = 2
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
 
@@ -261,7 +286,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     # Parameters that control generation
     max_completion_length: int = 512
     generation_token_budget: int | None = None
-    truncated_completions: str = field(default="keep", metadata={"choices": ["keep", "drop", "cut_real"]})
+    truncated_completions: Literal["keep", "drop", "cut_real"] = "keep"
     play_empty_completions: bool = False
 
     # Parameters that control the logging
@@ -272,7 +297,12 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     def __post_init__(self):
         self._check_values()
         for name in PER_ITERATION:
-            setattr(self, name, self._as_schedule(name))
+            values = getattr(self, name)
+            if len(values) > self.num_self_play_iterations:
+                what = f"`{name}={values}` has {len(values)} values, but `num_self_play_iterations` is"
+                warnings.warn(f"{what} {self.num_self_play_iterations}: the rest is unused.", stacklevel=3)
+            # A single value stays a plain number, which is what the rest of transformers expects
+            setattr(self, name, values[0] if len(values) == 1 else values)
         if self.dry_run:
             self.report_to = "none"
 
@@ -290,8 +320,6 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
                 raise ValueError(f"`{name}={getattr(self, name)!r}` contradicts self-play: {reason}. Leave it unset.")
         changed = {name: value for name, value in vars(self).items() if value != getattr(type(self), name, value)}
         check_objectives(self.loss_type, changed)
-        if self.space_mu <= 0:
-            raise ValueError(f"`space_mu` must be positive, got {self.space_mu}.")
         if self.use_weighting and set(self.loss_type) & (OBJECTIVES.keys() - TRL_LOSSES.keys()):
             raise ValueError(f"`use_weighting` is an option of TRL's losses, and does nothing for {self.loss_type}.")
         if max(self.per_iteration("sft_weight")) > 0 and "sft" in self.loss_type:
@@ -307,31 +335,24 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
                 f"`prompt_column` ({prompt!r}) and `completion_column` ({completion!r}) go together, and without "
                 f"`messages_column` ({messages!r}), which is for conversations. Set the two, or the third."
             )
-        for name, (least, meaning) in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` must be at least {least} ({meaning}), got {value}.")
-        for name in ("train_sampling_strategy", "truncated_completions"):
-            choices = type(self).__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-
-    def _as_schedule(self, name: str) -> float | list[float]:
-        value = getattr(self, name)
-        values = [float(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
-        if not values:
-            raise ValueError(f"`{name}` is an empty list. Give one value, or one per iteration.")
-        if len(values) > self.num_self_play_iterations:
-            what = f"`{name}={values}` has {len(values)} values, but `num_self_play_iterations` is"
-            warnings.warn(f"{what} {self.num_self_play_iterations}: the rest is unused.", stacklevel=4)
-        if name == "learning_rate" and len(values) > 1 and not min(values) > 0:
-            raise ValueError(f"`learning_rate` must be positive in every iteration, got {values}.")
-        if name == "num_train_epochs":
-            if any(v < 1 or v % 1 for v in values):
-                raise ValueError(f"`num_train_epochs` counts whole passes over the prompts, got {values}.")
-            values = [int(v) for v in values]
-        # A single value stays a plain number, which is what the rest of transformers expects.
-        return values[0] if len(values) == 1 else values
+        hints = get_type_hints(type(self))
+        for option in fields(self):
+            name, value = option.name, getattr(self, option.name)
+            if option is not DPOConfig.__dataclass_fields__.get(name) or name == "loss_weights":
+                try:
+                    value = _as_type(value, hints[name])
+                except (ValueError, OverflowError) as error:
+                    expected = formatannotation(hints[name])
+                    raise ValueError(f"`{name}` must be `{expected}`, got {value!r}: {error}.") from error
+                setattr(self, name, value)
+                if value == []:
+                    raise ValueError(f"`{name}` is an empty list. Give one value, or several.")
+            numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
+            for words, holds, names in _BOUNDS:
+                bounded = name in names.split() if names else (name, value) != ("max_grad_norm", math.inf)  # no limit
+                if bounded and not all(map(holds, numbers)):
+                    raise ValueError(f"`{name}` must be {words}, got {value}.")
+        self.num_train_epochs = [int(v) for v in self.num_train_epochs]
 
     def per_iteration(self, name: str) -> list[float]:
         """

@@ -173,13 +173,18 @@ def chosen_engine(args: Any) -> type[Engine]:
         if name in options and getattr(args, name) != options[name].default:
             raise ValueError(f"`{name}={getattr(args, name)!r}` means nothing {where}. Leave it unset.")
     if reserved := sorted((args.generation_kwargs or {}).keys() & engine.reserved):
-        raise ValueError(
-            f"`generation_kwargs` holds {reserved}, but each prompt gets one completion, sampled with options of "
-            "their own (`temperature`, `top_p`, `top_k`, `min_p`) and ended by the chat template's end tokens. Remove "
-            "them."
-        )
+        rule = "each prompt gets one completion, sampled and limited by options of their own, and ended by end tokens"
+        raise ValueError(f"`generation_kwargs` holds {reserved}, but {rule}. Remove them.")
     engine.check(args)
     return engine
+
+
+def check_generation_kwargs(args: Any, make: Callable):
+    """Raises a `ValueError` if what they are for does not take them."""
+    try:
+        make(**args.generation_kwargs or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`generation_kwargs={args.generation_kwargs}` cannot be used: {error}") from error
 
 
 def forked_rng(device: torch.device) -> AbstractContextManager[None]:

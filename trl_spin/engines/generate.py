@@ -24,7 +24,7 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 from trl.trainer.utils import pad
 
 from ..run.processes import explain_out_of_memory
-from .base import Complete, Engine, grpo_options, ready_to_generate
+from .base import Complete, Engine, check_generation_kwargs, grpo_options, ready_to_generate
 
 
 def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) -> list[list[int]]:
@@ -106,10 +106,19 @@ class Generate(Engine):
     """transformers' `generate`: a sample depends on its seed alone."""
 
     name = "generate"
-    # These act on sampling inside `generate`, which here only takes the argmax (see `SampleByRow`)
-    reserved = "do_sample num_beams typical_p epsilon_cutoff eta_cutoff top_h num_return_sequences".split()
+    # These act on sampling inside `generate`, which here only takes the argmax (see `SampleByRow`), or are set here
+    reserved = """do_sample num_beams typical_p epsilon_cutoff eta_cutoff top_h num_return_sequences temperature top_p top_k
+        min_p repetition_penalty cache_implementation max_new_tokens eos_token_id return_dict_in_generate""".split()
 
     Options = grpo_options("cache_implementation")
+
+    @classmethod
+    def check(cls, args: Any, model: Any = None):
+        def make(**kwargs):
+            if unknown := GenerationConfig().update(cache_implementation=args.cache_implementation, **kwargs):
+                raise TypeError(f"`GenerationConfig` has no {sorted(unknown)}")
+
+        check_generation_kwargs(args, make)
 
     def batches(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         lengths = [len(prompt) for prompt in prompts]

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from trl.import_utils import is_vllm_available
 
 from ..run.processes import explain_out_of_memory
-from .base import Complete, Engine, forked_rng, grpo_options
+from .base import Complete, Engine, check_generation_kwargs, forked_rng, grpo_options
 
 
 _OUT_OF_MEMORY = (
@@ -87,6 +87,10 @@ class VLLM(Engine):
             raise ValueError(f"`vllm_mode` must be 'colocate' or 'server', got {args.vllm_mode!r}.")
         if model is not None and not is_vllm_available():
             raise ImportError("`use_vllm=True` needs vLLM: `pip install trl-spin[vllm]`, or leave `use_vllm` unset.")
+        if model is not None:
+            from trl.generation import vllm_generation  # where vLLM is installed, this imports it
+
+            check_generation_kwargs(args, vllm_generation.SamplingParams)
         if getattr(model, "is_quantized", False):
             raise ValueError(
                 f"vLLM cannot generate with a model quantized by {model.quantization_method.value}: the adapter, "
@@ -101,7 +105,7 @@ class VLLM(Engine):
 
     def _connect(self, model: PreTrainedModel | PeftModel):
         """Builds vLLM's copy of the model, or connects to its server."""
-        from trl.generation.vllm_generation import VLLMGeneration  # where vLLM is installed, this imports it
+        from trl.generation.vllm_generation import VLLMGeneration
 
         args = self.args
         own = [option.name for option in fields(self.Options) if option.name != self.flag]
