@@ -55,6 +55,8 @@ TEMPLATES = {  # name: (template, eos token, how a completion "Blue." is trained
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Sky?"}
 ASSISTANT = {"role": "assistant", "content": "Blue."}
+OWN_KWARGS = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"style": "x"}}
+OWN_TEMPLATE = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"chat_template": "{{ eos_token }}"}}
 
 
 def prepare(dataset, tokenizer, max_length=512, name="train", **kwargs):
@@ -201,6 +203,8 @@ def test_a_tokenizer_that_merges_across_the_boundary_keeps_the_prompt(tokenizer,
         ([{"prompt": "Sky?", "completion": None}], TypeError, "Row 0 .*`completion` is None"),
         ([{"prompt": "", "completion": "x"}], ValueError, "Row 0 .*`prompt` is empty"),
         ([{"prompt": [USER], "completion": "x"}], TypeError, "Row 0 .*Both must be text"),
+        ([{"messages": [USER, ASSISTANT], "tools": "[{"}], ValueError, r"Row 0 .*`tools` is no JSON \(Expecting"),
+        ([OWN_KWARGS, OWN_TEMPLATE], ValueError, "Row 1 .*tokenizer's `chat_template`"),
         ([{"messages": "Sky?"}], TypeError, "Row 0 .*expected a list of messages"),
         (
             [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}],
@@ -220,6 +224,14 @@ def test_faults_of_the_tokenizer_and_of_the_columns():
     tokenizer = make_tokenizer()
     with pytest.raises(ValueError, match="no column 'question'"):
         prepare(make_dataset(2), tokenizer, prompt_column="question", completion_column="answer")
+    for reserved in ("chat_template", "tokenize", "messages", "eos_token"):
+        with pytest.raises(ValueError, match=rf"`chat_template_kwargs` holds \['{reserved}'\]"):
+            prepare(make_dataset(2), tokenizer, chat_template_kwargs={reserved: "x"})
+    # What data says may be shown in a terminal
+    echo = make_tokenizer("{{ raise_exception(messages[0]['content']) }}")
+    with pytest.raises(ValueError, match=r"Row 0 .*refuses it: .\[2J") as error:
+        prepare([{"messages": [{"role": "user", "content": "\x1b[2J"}, ASSISTANT]}], echo)
+    assert str(error.value).isprintable()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         prepare(make_dataset(2), tokenizer)

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -362,7 +363,12 @@ def test_out_of_memory_names_the_option(tmp_path, monkeypatch, function, option)
 
 
 @pytest.mark.parametrize(
-    "full", ["self_play/iteration-1/train-00000.parquet.tmp", ".saving/checkpoint-6/optimizer.pt"]
+    "full",
+    [
+        "self_play/iteration-1/train-00000.parquet.tmp",
+        ".saving/checkpoint-6/optimizer.pt",
+        "iteration-0/self_play.json.tmp",
+    ],
 )
 def test_a_full_disk(tmp_path, stopped, full):
     class Fill(TrainerCallback):
@@ -382,6 +388,12 @@ def test_a_full_disk(tmp_path, stopped, full):
     assert {p.name for p in tmp_path.iterdir()} == {*written, "README.md", "iteration-0", "iteration-1", "self_play"}
     files, expected = (sorted(p.name for p in (path / "checkpoint-6").iterdir()) for path in (tmp_path, stopped[0]))
     assert files == expected
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    make_trainer(tmp_path, max_steps=1).train()
+    assert f"The file system of {tmp_path} has no locks" in caplog.text
 
 
 def test_a_directory_that_cannot_be_written_to():

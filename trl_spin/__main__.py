@@ -72,6 +72,7 @@ def run(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
     from . import SPINTrainer
+    from .run.files import explain_write_error
     from .sources import load_data
 
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
@@ -114,7 +115,8 @@ def run(script_args, training_args, model_args, dataset_args):
     if training_args.dry_run:
         return trainer
 
-    trainer.save_model(training_args.output_dir)
+    with explain_write_error(training_args.output_dir):
+        trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.best_iteration.show_end(saved=training_args.output_dir)

@@ -14,6 +14,7 @@
 
 """From SFT rows to token ids: which rows are used, what is the prompt and what the real completion."""
 
+import inspect
 import json
 import random
 from collections import Counter
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import extract_prompt
 
 from .pairs import Rules
+from .report.tables import printable
 from .run.logs import logger
 from .spin_config import SPINConfig
 
@@ -50,6 +52,10 @@ _FORMATS = (
     ({"chosen"}, "prompt", "chosen", "rejected"),
 )
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# The template, and what is given to it by us: data must replace none of it
+_RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+_RESERVED -= {"tools", "documents", "sanitize_control_tokens"}
+_RESERVED |= {*PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES}
 # Stands for a turn's content, to find out what the chat template writes before and after it
 _PROBE = "probe7c1f9a"
 _PROBE_TURN = {"role": "assistant", "content": _PROBE}
@@ -81,8 +87,10 @@ def hold_out(
         raise ValueError("`train_dataset` is required: the SFT data whose completions the model learns to prefer.")
     held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     for name in held_out:
-        if name == "train" or Path(name).name != name:
-            raise ValueError(f"An evaluation dataset cannot be called {name!r}: its files get this name.")
+        fits = str(name).isprintable() and 0 < len(str(name).encode()) <= 100  # files add a checksum to it
+        if not fits or Path(str(name)).name != name or name in ("train", ".."):
+            what = f"An evaluation dataset cannot be called {name!r}: its files get this name"
+            raise ValueError(f"{what}. Choose one of up to 100 printable bytes, without a slash, and not 'train'.")
     for name, dataset in {"train": train_dataset, **(held_out if eval_dataset is not None else {})}.items():
         if not isinstance(dataset, Dataset):
             raise TypeError(
@@ -131,7 +139,7 @@ class RowReader:
 
     def __init__(self, dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: SPINConfig):
         self.name, self.tokenizer, self.first_turn_only = name, tokenizer, args.first_turn_only
-        self.chat_template_kwargs = args.chat_template_kwargs or {}
+        self.chat_template_kwargs = _check_template_kwargs(args.chat_template_kwargs or {})
         columns = dataset.column_names
         if {"image", "images"} & set(columns):
             raise ValueError(f"The {name} dataset has an image column, but only text is played: remove it.")
@@ -283,9 +291,9 @@ class RowReader:
         """Errors that are raised in it begin with the row that is at fault."""
         try:
             yield
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"Row {index} of the {self.name} dataset: {error}") from error
+            raise kind(f"Row {index} of the {self.name} dataset: {printable(str(error))}") from error
 
     def read_prompt(self, row: dict[str, Any]) -> str | list[dict]:
         """The prompt of a row as the data has it: text or messages."""
@@ -318,14 +326,19 @@ class RowReader:
         if turn == 0:
             raise ValueError("it starts with the assistant turn, so there is no prompt. Remove the row.")
         tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        template_kwargs = {**self.chat_template_kwargs, **(row.get("chat_template_kwargs") or {})}
+        try:
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+        except ValueError as error:
+            raise ValueError(f"`tools` is no JSON ({error}). Fix or remove the row.") from error
+        # Arrow gives all rows the same keys, and fills them with None
+        own = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+        template_kwargs = self.chat_template_kwargs | _check_template_kwargs(own)
         if tools:
             template_kwargs["tools"] = tools
         return messages[:turn], messages[turn], template_kwargs
 
     def _render(self, messages: list[dict], kwargs: dict[str, Any], prompt: bool = False) -> str:
-        if self.tokenizer.chat_template is None and "chat_template" not in kwargs:
+        if self.tokenizer.chat_template is None:
             raise ValueError(
                 "it is a conversation, but the tokenizer has no chat template. Set its `chat_template` to the one "
                 "that the model was fine-tuned with and pass it as `processing_class`, or use columns of text."
@@ -358,6 +371,13 @@ class RowReader:
             f"{before.removeprefix(bare)!r}. Real and generated completions both follow the generation prompt."
         )
         return prompt_text, full_text.removeprefix(before)
+
+
+def _check_template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if reserved := sorted(kwargs.keys() & _RESERVED):
+        remedy = "Remove them. The template itself is set as the tokenizer's `chat_template`, for all rows."
+        raise ValueError(f"`chat_template_kwargs` holds {reserved}, which are not for the template. {remedy}")
+    return kwargs
 
 
 def _clean_message(message: Any) -> dict[str, Any]:

@@ -236,14 +236,16 @@ class IterationCallback(TrainerCallback):
         directory = model_dir(args.output_dir, iteration)
         with explain_write_error(directory):
             trainer.save_model(str(directory))
-        if trainer.is_world_process_zero():
-            manifest = read_manifest(args.output_dir, iteration)
-            logs = last_logs(trainer.state.log_history, self.game.schedule.starts[iteration])
-            settings = {name: args.per_iteration(name)[iteration] for name in RECORDED_OPTIONS}
-            record = {"iteration": iteration, **manifest["metrics"], **logs, **settings}
-            verdict = self.best_metric.judge(iteration, logs)[1]
-            write_json(directory / RECORD, record | {"warnings": manifest["warnings"], "verdict": verdict})
-            name = args.hub_model_id or Path(args.output_dir).name
-            trainer.create_model_card(model_name=f"{name.split('/')[-1]}-iteration-{iteration}")
-            shutil.copy(Path(args.output_dir) / "README.md", directory / "README.md")
-        trainer.accelerator.wait_for_everyone()
+        self.processes.write(args.output_dir, self._describe, iteration, directory)
+
+    def _describe(self, iteration: int, directory: Path):
+        trainer, args = self.trainer, self.trainer.args
+        manifest = read_manifest(args.output_dir, iteration)
+        logs = last_logs(trainer.state.log_history, self.game.schedule.starts[iteration])
+        settings = {name: args.per_iteration(name)[iteration] for name in RECORDED_OPTIONS}
+        record = {"iteration": iteration, **manifest["metrics"], **logs, **settings}
+        verdict = self.best_metric.judge(iteration, logs)[1]
+        write_json(directory / RECORD, record | {"warnings": manifest["warnings"], "verdict": verdict})
+        name = args.hub_model_id or Path(args.output_dir).name
+        trainer.create_model_card(model_name=f"{name.split('/')[-1]}-iteration-{iteration}")
+        shutil.copy(Path(args.output_dir) / "README.md", directory / "README.md")

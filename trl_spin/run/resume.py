@@ -14,6 +14,7 @@
 
 """One job per directory, and a run that continues with the settings that it was started with, or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -86,10 +87,10 @@ def run_lock(processes: Processes, output_dir: str):
             job = holder.read_text() if holder.is_file() else "unknown"
             where = f"Another job is running in `output_dir` ({output_dir}): {job}."
             raise ValueError(f"{where} Wait for it or stop it, or choose another `output_dir`.") from None
-        except NotImplementedError:
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise OSError(f"`output_dir` ({output_dir}) cannot be written to: {error}. Choose another.") from error
             logger.warning(f"The file system of {output_dir} has no locks: do not start two jobs in it.")
-        except OSError as error:
-            raise OSError(f"`output_dir` ({output_dir}) cannot be written to: {error}. Choose another one.") from error
 
     processes.on_main(acquire)
     try:
