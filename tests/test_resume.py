@@ -131,6 +131,11 @@ def sha256(tensors: dict) -> str:
     return digest.hexdigest()
 
 
+def untimed(logs: dict) -> dict:
+    """Logs without what differs between any two runs."""
+    return {key: value for key, value in logs.items() if not any(time in key for time in ("time", "second"))}
+
+
 def play(output_dir: str, kind: str, rank: int, world_size: int, port: int, death, signum: int, copies: bool, resume):
     """One process of a run, always started in the same way. It leaves hashes of all that it ended with."""
     os.dup2(os.open(f"{output_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
@@ -168,6 +173,7 @@ def play(output_dir: str, kind: str, rank: int, world_size: int, port: int, deat
             generation_token_budget=130,
             save_strategy="steps",
             save_steps=4,
+            logging_steps=3,  # so that there are checkpoints between two logs
             save_total_limit=1,
         ),
         train_dataset=make_dataset(),
@@ -176,16 +182,16 @@ def play(output_dir: str, kind: str, rank: int, world_size: int, port: int, deat
         callbacks=[CallbackPoints(points)],
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if kind == "lora" else None,
     )
-    trainer.train(resume_from_checkpoint=resume)
+    output = trainer.train(resume_from_checkpoint=resume)
     optimizer_state = trainer.optimizer.state_dict()["state"]
     result = {
         "weights": sha256(trainer.model.state_dict()),
         "optimizer": sha256({f"{i}.{key}": v for i, state in optimizer_state.items() for key, v in state.items()}),
         "games": [[shard["sha256"] for shard in read_manifest(output_dir, t)["shards"]] for t in range(2)],
-        "losses": [logs["loss"] for logs in trainer.state.log_history if "loss" in logs],
+        "train_loss": output.training_loss,
+        "logs": list(map(untimed, trainer.state.log_history)),
         "kept": [
-            json.loads((Path(output_dir) / f"iteration-{t}" / "self_play.json").read_text())["eval_nll/real"]
-            for t in range(2)
+            untimed(json.loads((Path(output_dir) / f"iteration-{t}" / "self_play.json").read_text())) for t in range(2)
         ],
         "files": sorted(
             str(path.relative_to(output_dir)) for path in Path(output_dir).rglob("*") if path.name != "result.json"

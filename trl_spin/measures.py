@@ -133,12 +133,7 @@ class StepMonitor:
         self.accelerator, self.game, self.metrics, self.args = accelerator, game, metrics, args
         default = 1e-3 if exact else 0.1
         self.tolerance = default if args.initial_loss_tolerance is None else args.initial_loss_tolerance
-        self._real = {"train": [0.0, 0.0], "eval": [0.0, 0.0]}  # NLL and number of tokens of the real completions
         self._margins: list[float] = []  # of the evaluation
-
-    def reset(self, mode: str):
-        """Forgets what was measured since the last log, in `"train"` or `"eval"`."""
-        self._real[mode] = [0.0, 0.0]
 
     def step(self, mode: str, step: int, loss: torch.Tensor, logratios: tuple, completion_mask: torch.Tensor):
         """
@@ -172,8 +167,7 @@ class StepMonitor:
                 "completions. The step is not taken, so the last checkpoint and iteration are intact. Lower "
                 "`learning_rate`, set `max_grad_norm`, or train in bfloat16 or float32 instead of float16."
             )
-        self._real[mode][0] -= logps["chosen"] * len(num_real)
-        self._real[mode][1] += num_real.sum().item()
+        metrics["real"].append((-logps["chosen"] * len(num_real), num_real.sum().item()))
         if mode == "eval":
             beta = self.args.per_iteration("beta")[self.game.iteration]
             self._margins += (beta * (real - generated)).tolist()
@@ -198,9 +192,10 @@ class StepMonitor:
 
     def summarize(self, mode: str) -> dict[str, list[float]]:
         """What to log of the steps since the last log, which are forgotten."""
-        nll, num_tokens = self._real[mode]
-        summary = {"nll/real": [nll / num_tokens]} if num_tokens else {}
-        self.reset(mode)
+        summary = {}
+        if real := self.metrics[mode].pop("real", None):
+            nll, num_tokens = map(sum, zip(*real, strict=True))
+            summary["nll/real"] = [nll / num_tokens]
         if mode == "eval" and self._margins:
             # 95% intervals: an accuracy on few prompts says little
             margins = torch.tensor(self._margins)

@@ -102,8 +102,7 @@ class PreflightCallback(TrainerCallback):
         lengths = columns.lengths("prompt_ids") + columns.lengths("real_ids")
         longest, shortest = int(lengths.argmax()), int(lengths.argmin())
         rows = game.train.rows.select(sorted({longest, shortest}))
-        num_tokens, training = trainer._total_train_tokens, model.training
-        batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+        training, batch_size = model.training, args.precompute_ref_batch_size or args.per_device_train_batch_size
 
         def logps_of(pairs: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
             return trainer.compute_ref_log_probs(model, self.collate(pairs))
@@ -129,8 +128,7 @@ class PreflightCallback(TrainerCallback):
             model.train()
             trainer.compute_loss(model, self.collate(map(as_preference, pairs)))
             model.train(training)
-        trainer.reset_metrics("train")
-        trainer._total_train_tokens = num_tokens
+        trainer.count_on()
         return memory
 
     def collate(self, pairs: Iterable[dict[str, Any]]) -> dict[str, Any]:

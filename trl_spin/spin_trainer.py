@@ -73,6 +73,10 @@ _CARD_SETTINGS = """
 """.split()
 
 
+# What the Trainer and DPOTrainer sum up since the start of `train` (and, in `_tr_loss` and `_metrics`, since the last log)
+_SUMS = "_total_train_tokens _total_loss_scalar _globalstep_last_logged".split()
+
+
 class SPINTrainer(SharedPrefixDPOTrainer):
     r"""
     Trainer for Self-Play Fine-Tuning (SPIN), from [Self-Play Fine-Tuning Converts Weak Language Models to Strong
@@ -304,12 +308,17 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         for key, values in (self._metrics[mode] | self.monitor.summarize(mode)).items():
             renamed[dataset + key.replace("chosen", "real").replace("rejected", "generated")] = values
         self._metrics[mode] = renamed
+        if "train_loss" in logs:  # of the whole run, not of its part since it was resumed
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
-    def reset_metrics(self, mode: str):
-        """Forgets what was measured since the last log, in `"train"` or `"eval"`."""
-        self._metrics[mode].clear()
-        self.monitor.reset(mode)
+    def count_on(self):
+        """Forgets what a trial run has summed up, and goes on with what a checkpoint has kept."""
+        nothing = {"sums": {"_total_train_tokens": 0}, "losses": [0.0] * self.accelerator.num_processes, "metrics": {}}
+        counters = self.state.stateful_callbacks.get("counters", nothing)
+        vars(self).update(counters["sums"])
+        self._tr_loss.fill_(counters["losses"][self.accelerator.process_index])
+        self._metrics["train"] = defaultdict(list, counters["metrics"])
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if eval_dataset is not None and not isinstance(eval_dataset, (str, GameDataset)):
@@ -380,7 +389,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
                     raise StopRequested(stop.signum)
                 if self.shows_end:
                     self.best_iteration.show_end()
-                return output
+                return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
         except DryRun:
             return TrainOutput(0, 0.0, {})
         except StopRequested as request:
@@ -415,6 +424,10 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         check_finite_weights(self.model, self.state.global_step, self.game.iteration)
+        # The state of a callback is what the Trainer's state has room for
+        losses, sums = self.accelerator.gather(self._tr_loss[None]).tolist(), {n: getattr(self, n) for n in _SUMS}
+        counters = {"sums": sums, "losses": losses, "metrics": dict(self._metrics["train"])}
+        self.state.stateful_callbacks["counters"] = counters
         with self.checkpoints.saving(self.args, self.state, self.game.schedule):
             super()._save_checkpoint(model, trial)
 
