@@ -26,7 +26,7 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import make_dataset, make_trainer
+from conftest import make_dataset, make_tokenizer, make_trainer
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -74,8 +74,9 @@ def assert_self_contained(page):
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        allowed = "#" if tag == "a" else "data:image/svg+xml;base64,"
         for name in ("src", "href", "srcset", "data", "action", "background"):
-            assert attributes.get(name, "data:image/svg+xml;base64,").startswith("data:image/svg+xml;base64,")
+            assert attributes.get(name, allowed).startswith(allowed)
         if tag == "img":
             assert attributes["alt"]
     assert "url(" not in page.text and "@import" not in page.text
@@ -114,29 +115,23 @@ def test_files_of_a_finished_run(finished):
     page = Page(path)
     assert_self_contained(page)
     figures = {p.stem: matplotlib.image.imread(p) for p in path.parent.glob("*.png")}
-    datasets = [f"{figure}_{name}" for figure in ("lengths", "logps", "changes") for name in ("train", "eval")]
-    assert figures.keys() == {"training", "iterations", *datasets}
+    expected = {"training_loss", "training_margin", "iterations_accuracy-at-the-end", "lengths_train_iteration-0"}
+    assert expected | {"logps_eval_iteration-1", "changes_eval_iteration-0"} <= figures.keys()
+    assert "changes_eval_iteration-1" not in figures  # the last one's are not known
     assert {p.suffix for p in path.parent.iterdir()} == {".html", ".png"}
     assert sum(tag == "img" for tag, _ in page.tags) == len(figures)
-    for heading in (
-        "Summary",
-        "Training",
-        "Iterations",
-        "Lengths of the completions",
-        "Lineage",
-        "Settings",
-        "Versions",
-    ):
-        assert heading in page.text
-    assert "2 of 2 iterations finished" in page.text
+    headings = [attributes["id"] for tag, attributes in page.tags if tag == "h2"]
+    assert [f"#{heading}" for heading in headings] == [a["href"] for tag, a in page.tags if tag == "a"]
+    assert {"probes", "training", "pairs-at-both-ends", "time", "summary", "lineage", "settings"} <= {*headings}
+    assert "2 of 2 iterations finished" in page.text and str(finished.parent) not in page.text
     fingerprint = json.loads((finished / "self_play/iteration-1/manifest.json").read_text())["opponent"]["fingerprint"]
     assert fingerprint in page.text and "per_device_train_batch_size" in page.text
 
 
 def summary(path):
     """Cells by heading and title, of the table as it is on the page."""
-    table = path.read_text(encoding="utf-8").split("<h2>Summary</h2>")[1].split("</table>")[0]
-    rows, heading = {}, None
+    table = path.read_text(encoding="utf-8").split(">Summary</h2>")[1].split("</table>")[0]
+    table, rows, heading = re.sub("<small>.*?</small>", "", table), {}, None
     for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL):
         title, *cells = (html.unescape(text) for text in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL))
         heading = heading if cells else title
@@ -151,29 +146,25 @@ def test_numbers_are_those_of_the_run(finished):
         ("Settings", "λ"): "beta",
         ("Settings", "learning rate"): "learning_rate",
         ("Training, as logged last", "margin"): "rewards/margins",
-        ("Held-out prompts (eval), after training", "accuracy"): "eval_rewards/accuracies",
-        ("Held-out prompts (eval), after training", "NLL of real completions, trained"): "eval_nll/real",
-        ("Completions of the opponent (train)", "length of generated completions"): "self_play/mean_length_generated",
+        ("Held-out prompts, after training (eval)", "accuracy"): "eval_rewards/accuracies",
+        ("Held-out prompts, after training (eval)", "NLL of real completions, nats per token"): "eval_nll/real",
+        ("Completions of the opponent (train)", "length of generated completions, tokens"): (
+            "self_play/mean_length_generated"
+        ),
         ("Completions of the opponent (eval)", "truncated"): "eval_self_play/truncated",
     }
     for row, key in keys.items():
-        # The accuracy may be followed by its interval
-        assert [float(cell.split()[0]) for cell in rows[row]] == pytest.approx([r[key] for r in records], rel=1e-3), (
-            row
-        )
+        shown = [float(cell.strip("%")) / (100 if cell.endswith("%") else 1) for cell in rows[row]]
+        assert shown == pytest.approx([r[key] for r in records], rel=2e-3, abs=6e-4), row
 
     history = json.loads((finished / "self_play" / "log_history.json").read_text())
     losses = [(logs["step"], logs["loss"]) for logs in history if "loss" in logs]
     assert [*run.logged("loss").items()] == losses and [*run.logged("loss", 3).index] == [4, 5, 6]
     assert [*run.logged("loss", 0, 3).index] == [1, 2, 3]
     assert run.starts == {0: 0, 1: 3}
-    assert [*run.likelihoods.index] == [-1, 0, 1]
-    likelihoods = run.likelihoods.to_dict("list")
-    assert likelihoods["nll/real"][:2] == [r["self_play/nll_real"] for r in records]
-    assert np.isnan(likelihoods["nll/real"][2])
-    # Measured twice: after an iteration, and as the opponent of the next one
     expected = [records[0]["eval_self_play/nll_real"], *(r["eval_nll/real"] for r in records)]
-    assert likelihoods["eval_nll/real"] == pytest.approx(expected, rel=1e-5)
+    assert run.scores(run.metric)["value"].to_dict() == dict(zip((-1, 0, 1), expected, strict=True))
+    assert expected[run.best + 1] == min(expected)
 
 
 def test_distributions_are_those_of_the_games(finished):
@@ -216,10 +207,53 @@ def test_signals_are_shown(finished, tmp_path, no_figures):
         assert f"by {t}, 4" in page.text and f"by {t}, 2" in page.text
     assert page.text.index("prompt 4") < page.text.index("by 0, 4") < page.text.index("by 1, 4")
     assert page.text.count("prompt 4") == 1 and page.text.index("by 2, 4") < page.text.index("prompt 2")
-    for shown in ("[0.123, 0.987]", "exact_match", "0.4321", "1: The model runs in loops.", "3 -> 4: hurt"):
+    for shown in ("[12.3%, 98.7%]", "exact_match", "0.4321", "1: The model runs in loops.", "3 -> 4: hurt"):
         assert shown in page.text
     assert "no probes" not in page.text
     assert [i.number for i in read_run(output_dir).iterations] == [0, 1]
+
+
+def test_the_verdict_comes_first(finished, tmp_path, no_figures):
+    """Which model is the best, and whether that is more than noise; what is beyond a threshold is coloured."""
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+
+    def verdict(*values, low=None, high=None):
+        interval = {} if low is None else {"eval_nll/real_low": low, "eval_nll/real_high": high}
+        for t, value in enumerate(values):
+            changes = {"eval_nll/real": value, "self_play/training_time": 100.0, "self_play/empty": 0.06} | interval
+            change_json(output_dir / f"iteration-{t}" / "self_play.json", lambda c, changes=changes: c.update(changes))
+        page = Page(write_report(output_dir))
+        return " ".join(
+            page.text[page.text.index("Self-play h" if "Self-play h" in page.text else "Self-play d") :].split()
+        )
+
+    change_json(
+        output_dir / "self_play/iteration-0/manifest.json",
+        lambda c: c["metrics"].update({"eval_self_play/nll_real": 2.0}),
+    )
+    text = verdict(1.5, 1.75)
+    start = "Self-play helped: the held-out NLL of the real completions went from 2.000 to 1.500 nats per token with"
+    assert text.startswith(f"{start} iteration 0, the best of 2. The last model is worse, with 1.750.")
+    assert "relative to this file: ../iteration-0" in text and "0:03:20" in text
+    assert "beyond the noise (95% interval 1.4 to 1.8)" in verdict(1.5, 1.75, low=1.4, high=1.8)
+    assert "within the noise (95% interval 1.4 to 2.1)" in verdict(1.5, 1.75, low=1.4, high=2.1)
+    assert verdict(2.5, 2.25).startswith("Self-play did not help: the held-out NLL of the real completions was 2.000")
+    beyond = re.findall('<td class="beyond">([^<]*)', (output_dir / "report" / "report.html").read_text())
+    assert beyond.count("6.0%") == 2
+
+
+def test_pairs_at_both_ends(finished):
+    """Kept by row, with the margins of the evaluation."""
+    for iteration in read_run(finished).iterations:
+        margins = {example["row"]: example["margin"] for example in iteration.examples}
+        assert sorted(margins) == [*range(5)] and [*margins.values()] == sorted(margins.values(), reverse=True)
+        interval = [iteration.record[f"eval_rewards/margins_{end}"] for end in ("low", "high")]
+        assert np.mean([*margins.values()]) == pytest.approx(np.mean(interval), rel=1e-5)
+        pair = load_game(str(finished), iteration.number)["eval"][iteration.examples[0]["row"]]
+        generated = make_tokenizer().decode(pair["generated_ids"], skip_special_tokens=True)
+        example = iteration.examples[0]
+        assert (example["prompt"], example["generated"]) == (f"Count to {example['row'] % 7 + 1}.", generated)
 
 
 def test_model_output_is_text(finished, tmp_path, no_figures):
@@ -231,11 +265,14 @@ def test_model_output_is_text(finished, tmp_path, no_figures):
     change_json(
         output_dir / "iteration-0/self_play.json", lambda c: c.update(verdict=f"V{evil}", warnings=[f"W{evil}"])
     )
+    change_json(
+        output_dir / "self_play/iteration-0/examples.json", lambda c: c["examples"][0].update(prompt=f"E{evil}")
+    )
     change_json(output_dir / "self_play/iteration-0/manifest.json", lambda c: c["opponent"].update(model=f"M{evil}"))
     change_json(output_dir / "self_play/run.json", lambda c: c["settings"].update({f"K{evil}": f"S{evil}"}))
     page = Page(write_report(output_dir))
     assert_self_contained(page)
-    for letter in "PRGVWMKS":
+    for letter in "PRGVWMKSE":
         assert letter + evil in page.text
     assert "<b>run<x>" in page.text
     assert not any(c in page.text for c in "\x00\x1b\ud800\u202e")
@@ -255,14 +292,14 @@ def test_a_run_that_stopped_in_the_middle(tmp_path):
     run = read_run(tmp_path)
     assert [bool(i.record) for i in run.iterations] == [True, False]
     assert [*run.logged("loss").index] == [1, 2, 3, 4]
-    assert (tmp_path / "report" / "training.png").is_file()
+    assert (tmp_path / "report" / "training_loss.png").is_file()
 
     for path in tmp_path.glob("checkpoint-*/trainer_state.json"):
         path.unlink()
     (shard,) = (tmp_path / "self_play/iteration-1").glob("*.parquet")
     shard.write_bytes(shard.read_bytes()[:-10])
     page = Page(write_report(tmp_path))
-    assert "There are no curves" in page.text and f"{shard} is damaged" in page.text
+    assert "There are no curves" in page.text and f"{shard.relative_to(tmp_path)} is damaged" in page.text
     assert {i.number: list(i.completions) for i in read_run(tmp_path).iterations} == {0: ["train"], 1: []}
 
 
@@ -287,27 +324,28 @@ def test_adapters_history_and_several_held_out_sets(tmp_path):
     )
     page = Page(write_report(tmp_path))
     assert_self_contained(page)
-    assert {"lengths_train.png", "lengths_b-x-.png", "lengths_c.png"} <= {
-        p.name for p in (tmp_path / "report").iterdir()
-    }
+    expected = {f"lengths_{name}_iteration-0.png" for name in ("train", "b-x-", "c")}
+    assert expected <= {p.name for p in (tmp_path / "report").iterdir()}
     run = read_run(tmp_path)
     assert run.held_out == ["b $x$", "c"]
     # The completions of the earlier opponent belong to its own iteration
     assert [len(i.completions["train"]) for i in run.iterations] == [12, 12]
-    assert run.likelihoods["eval_c_nll/real"][1] == record(tmp_path, 1)["eval_c_nll/real"]
-    assert "Held-out prompts (b $x$), after training" in page.text
+    assert run.scores("eval_c_nll/real")["value"][1] == record(tmp_path, 1)["eval_c_nll/real"]
+    assert "Held-out prompts, after training (b $x$)" in page.text
+    # Of several sets, pairs of the first
+    assert [len(i.examples) for i in run.iterations] == [4, 4] and run.metric == "eval_b $x$_nll/real"
 
 
 def test_the_style_is_the_reports_own(finished, tmp_path, monkeypatch):
     output_dir = tmp_path / "run"
     shutil.copytree(finished, output_dir)
     # One figure tells
-    monkeypatch.setattr(figures, "draw_all", lambda run: [("training", "", figures.draw_training(run))])
+    monkeypatch.setattr(figures, "draw_all", lambda run: [("training", "", *next(figures.draw_training(run)))])
     settings = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"figure.facecolor": "black", "savefig.facecolor": "black"}):
         path = write_report(output_dir)
     assert dict(matplotlib.rcParams) == settings
-    assert matplotlib.image.imread(path.parent / "training.png")[0, 0].tolist() == [1, 1, 1, 1]
+    assert matplotlib.image.imread(path.parent / "training_loss.png")[0, 0].tolist() == [1, 1, 1, 1]
 
 
 def test_the_card_of_a_model_of_the_hub(tmp_path, monkeypatch):
@@ -320,6 +358,9 @@ def test_the_card_of_a_model_of_the_hub(tmp_path, monkeypatch):
         base_model="org/sft",
         revision="v1",
         dataset_name="org/data",
+        is_adapter=True,
+        run_name="run",
+        question=[{"role": "user", "content": 'Why "so"?\n'}],
         data="`data`, 4 prompts",
         settings={"seed": 0, "loss_type": ["sigmoid"]},
         records=[],
@@ -327,11 +368,13 @@ def test_the_card_of_a_model_of_the_hub(tmp_path, monkeypatch):
     )
     written = ModelCard.load(tmp_path / "README.md")
     assert written.data.base_model == "org/sft" and written.data.datasets == "org/data"
+    assert written.data.base_model_relation == "adapter" and "license" not in written.data.to_dict()
     tags = ["generated_from_trainer", "trl", "spin", "trackio:https://space.example?runs=1", "hf_jobs"]
     assert written.data.tags == tags
     for text in (
         "fine-tuned version of [org/sft](https://huggingface.co/org/sft) on the [org/data](",
         'model="me/spin"',
+        """prompt = [{'role': 'user', 'content': 'Why "so"?\\n'}]""",
         "](https://space.example?runs=1)\n\nThis model was trained with SPIN",
         "- Lineage: `org/sft` (revision `v1`)\n- Settings: seed = 0, loss_type = ['sigmoid']\n\n### Framework",
     ):

@@ -15,6 +15,7 @@
 """The end of an iteration: its model is measured, logged, compared and kept. One callback for each."""
 
 import shutil
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -198,10 +199,15 @@ class IterationCallback(TrainerCallback):
 
     def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, best_metric: BestMetric):
         self.trainer, self.game, self.processes, self.best_metric = trainer, game, processes, best_metric
+        self.began: float | None = None  # the training of the iteration
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if (iteration := self.game.schedule.ended(state.global_step)) is not None:
             self.keep(iteration)
+
+    def on_step_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.game.at_start or self.began is None:  # since a resume, if there was one
+            self.began = time.perf_counter()
 
     def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         signum, _ = self.processes.stop.agree()
@@ -216,6 +222,7 @@ class IterationCallback(TrainerCallback):
 
     def on_epoch_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if self.game.schedule.ended(state.global_step) is not None:
+            self.trainer._metrics["train"]["self_play/training_time"].append(time.perf_counter() - self.began)
             # What was learned against this opponent is logged before the next one comes, and the next one can be made
             # again should its completions be lost
             control.should_log = True
@@ -245,7 +252,8 @@ class IterationCallback(TrainerCallback):
         settings = {name: args.per_iteration(name)[iteration] for name in RECORDED_OPTIONS}
         record = {"iteration": iteration, **manifest["metrics"], **logs, **settings}
         verdict = self.best_metric.judge(iteration, logs)[1]
-        write_json(directory / RECORD, record | {"warnings": manifest["warnings"], "verdict": verdict})
+        judged = {"warnings": manifest["warnings"], "verdict": verdict, "verdict_metric": self.best_metric.name}
+        write_json(directory / RECORD, record | judged)
         name = args.hub_model_id or Path(args.output_dir).name
         trainer.create_model_card(model_name=f"{name.split('/')[-1]}-iteration-{iteration}")
         shutil.copy(Path(args.output_dir) / "README.md", directory / "README.md")

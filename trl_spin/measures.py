@@ -133,9 +133,10 @@ class StepMonitor:
         self.accelerator, self.game, self.metrics, self.args = accelerator, game, metrics, args
         default = 1e-3 if exact else 0.1
         self.tolerance = default if args.initial_loss_tolerance is None else args.initial_loss_tolerance
-        self._margins: list[float] = []  # of the evaluation
+        self._margins: dict[int, float] = {}  # of the evaluation, by row
+        self.margins = self._margins  # of the last one
 
-    def step(self, mode: str, step: int, loss: torch.Tensor, logratios: tuple, completion_mask: torch.Tensor):
+    def step(self, mode: str, step: int, loss: torch.Tensor, logratios: tuple, inputs: dict[str, torch.Tensor]):
         """
         Takes a step into account. Raises a `ValueError` if its loss is not finite, or not ℓ(0) where it has to be.
 
@@ -148,11 +149,12 @@ class StepMonitor:
                 Loss of the batch.
             logratios (`tuple[torch.Tensor, torch.Tensor]`):
                 Log-ratios to the reference of the real and of the generated completions, of shape (batch,).
-            completion_mask (`torch.Tensor`):
-                1 at tokens of completions, of shape (2 * batch, seq_len): first the real, then the generated ones.
+            inputs (`dict[str, torch.Tensor]`):
+                Batch: `completion_mask`, 1 at tokens of completions, of shape (2 * batch, seq_len), first the real,
+                then the generated ones; and, in `"eval"`, `row`, see [`~pairs.PairCollator`].
         """
         metrics = self.metrics[mode]
-        num_real, num_generated = (mask.sum(dim=1) for mask in completion_mask.chunk(2, dim=0))
+        num_real, num_generated = (mask.sum(dim=1) for mask in inputs["completion_mask"].chunk(2, dim=0))
         statistics = (num_real, num_generated, *logratios, loss)
         statistics = torch.stack([value.detach().to(loss.dtype).expand(len(num_real)) for value in statistics], dim=1)
         num_real, num_generated, real, generated, losses = self.accelerator.gather(statistics).unbind(dim=1)
@@ -170,7 +172,9 @@ class StepMonitor:
         metrics["real"].append((-logps["chosen"] * len(num_real), num_real.sum().item()))
         if mode == "eval":
             beta = self.args.per_iteration("beta")[self.game.iteration]
-            self._margins += (beta * (real - generated)).tolist()
+            # Samplers of several processes repeat rows to fill the last batch
+            rows = self.accelerator.gather(inputs["row"]).tolist()
+            self._margins |= dict(zip(rows, (beta * (real - generated)).tolist(), strict=True))
         elif self.game.at_start:
             metrics["self_play/initial_loss"].append(losses.mean().item())
             # Rounding errors of the tokens add up to about the square root of their number
@@ -198,11 +202,11 @@ class StepMonitor:
             summary["nll/real"] = [nll / num_tokens]
         if mode == "eval" and self._margins:
             # 95% intervals: an accuracy on few prompts says little
-            margins = torch.tensor(self._margins)
+            margins = torch.tensor([*self._margins.values()])
             ends = proportion_interval(accuracy(margins), len(margins))
             radius = 1.96 * margins.std().item() / math.sqrt(len(margins)) if len(margins) > 1 else math.inf
             ends += (margins.mean().item() - radius, margins.mean().item() + radius)
             names = [f"rewards/{metric}_{end}" for metric in ("accuracies", "margins") for end in ("low", "high")]
             summary |= {name: [end] for name, end in zip(names, ends, strict=True)}
-            self._margins = []
+            self.margins, self._margins = self._margins, {}
         return summary

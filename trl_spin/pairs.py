@@ -158,6 +158,7 @@ def as_preference(pair: dict[str, Any]) -> dict[str, Any]:
     # A pair that is not played is twice the real completion: its log-ratios cancel, the gradient is 0
     generated = "generated" if pair["played"] else "real"
     return {
+        "row": pair["row"],
         "prompt_ids": pair["prompt_ids"],
         "chosen_ids": pair["real_ids"],
         "rejected_ids": pair[f"{generated}_ids"],
@@ -168,13 +169,14 @@ def as_preference(pair: dict[str, Any]) -> dict[str, Any]:
 
 
 class PairCollator:
-    """Adds to a batch of DPOTrainer's collator which pairs are played."""
+    """Adds to a batch of DPOTrainer's collator which rows its pairs are of, and which of them are played."""
 
     def __init__(self, collator: Callable[[list[dict]], dict[str, Any]]):
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.collator(examples) | {"played": torch.tensor([example["played"] for example in examples])}
+        more = {name: torch.tensor([example[name] for example in examples]) for name in ("row", "played")}
+        return self.collator(examples) | more
 
 
 class GameDataset(torch.utils.data.Dataset):
@@ -315,6 +317,12 @@ class Game:
     def started(self) -> bool:
         return bool(self.train.pairs)
 
+    def question(self, name: str, row: int) -> str | list[dict[str, str]]:
+        """What a row of a dataset asks: its prompt, of a conversation the last turn."""
+        dataset, read_prompt = self.sources[name]
+        prompt = read_prompt(dataset[row])
+        return prompt if isinstance(prompt, str) else prompt[-1:]
+
     def swap(self, iteration: int, pairs: dict[str, Dataset], at_start: bool):
         """Puts the pairs of an iteration in the place of the last one's."""
         for name, dataset in self.datasets.items():
@@ -338,7 +346,7 @@ def leave_out_unplayed(inputs: dict[str, Any], accelerator: Accelerator) -> tupl
     metrics.
     """
     played = inputs["played"]
-    inputs = {key: value for key, value in inputs.items() if key != "played"}
+    inputs = {key: value for key, value in inputs.items() if key not in ("row", "played")}
     keep = max(1, int(accelerator.gather(played.sum()).max()))
     if keep == len(played):
         return inputs, 1.0

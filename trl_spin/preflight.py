@@ -119,7 +119,8 @@ class PreflightCallback(TrainerCallback):
             # With a completion of the full length
             prompt, real = columns[longest]["prompt_ids"], columns[longest]["real_ids"]
             length = min(args.max_completion_length, (game.rules.max_length or math.inf) - len(prompt))
-            pair = {"prompt_ids": prompt, "chosen_ids": real, "rejected_ids": (real * length)[:length], "played": True}
+            pair = {"row": longest, "played": True, "prompt_ids": prompt}
+            pair |= {"chosen_ids": real, "rejected_ids": (real * length)[:length]}
             # A run that is resumed goes on in the same batches
             budget = args.generation_token_budget or processes.on_main(recorded_token_budget, args.output_dir)
             memory = plan_memory(trainer, forward, pair, processes, budget)

@@ -26,8 +26,9 @@ from trl import DPOTrainer
 from .engines import Engine
 from .generation import row_seed
 from .pairs import Game
+from .report.signals import metric_prefix
 from .report.tables import log_line, show_table
-from .run.files import HISTORY, PROBES, atomic_open, game_dir, read_json, write_json
+from .run.files import EXAMPLES, HISTORY, PROBES, atomic_open, game_dir, read_json, write_json
 from .run.logs import logger
 from .run.processes import Processes
 from .spin_config import SPINConfig
@@ -55,6 +56,33 @@ class CompletionsCallback(TrainerCallback):
             for backend in {"wandb", "trackio"} & set(args.report_to):
                 tracker = importlib.import_module(backend)
                 tracker.log({f"completions/{name}": tracker.Table(dataframe=table)})
+
+
+class ExamplesCallback(TrainerCallback):
+    """
+    Keeps the held-out pairs with the largest and the smallest margins of the model that an iteration made: those that
+    it tells apart best and worst.
+    """
+
+    def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes):
+        self.trainer, self.game, self.processes = trainer, game, processes
+
+    def on_evaluate(self, args: SPINConfig, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs):
+        iteration, prefix = self.game.schedule.ended(state.global_step), metric_prefix(self.game.watched.name)
+        if self.trainer.is_in_train and iteration is not None and f"{prefix}loss" in metrics:
+            path = game_dir(args.output_dir, iteration) / EXAMPLES
+            self.processes.write(args.output_dir, self._write, path, self.trainer.monitor.margins)
+
+    def _write(self, path: Path, margins: dict[int, float]):
+        ranked, pairs = sorted(margins, key=margins.get, reverse=True), self.game.watched.pairs[0]
+        examples = []
+        for row in ranked[:5] + ranked[5:][-5:]:
+            pair, question = pairs[pairs["row"][:].index(row)], self.game.question(self.game.watched.name, row)
+            prompt = question if isinstance(question, str) else str(question[0]["content"])
+            texts = prompt, *self.game.rules.decode([pair["real_ids"], pair["generated_ids"]])
+            texts = zip(("prompt", "real", "generated"), map(_shorten, texts), strict=True)
+            examples.append({"row": row, "margin": margins[row], **dict(texts)})
+        write_json(path, {"examples": examples})
 
 
 class ProbeCallback(TrainerCallback):

@@ -50,7 +50,7 @@ from .measures import Measures, StepMonitor, accuracy
 from .objectives import ChosenLosses
 from .pairs import Game, GameDataset, PairCollator, leave_out_unplayed
 from .preflight import DryRun, PreflightCallback
-from .report.card import write_model_card
+from .report.card import public_name, write_model_card
 from .run.checkpoints import Checkpoints
 from .run.files import read_records
 from .run.logs import logger
@@ -59,7 +59,7 @@ from .run.resume import game_settings, open_run, run_lock, run_settings
 from .run.weights import check_finite_weights, weights_fingerprint
 from .schedule import Schedule, chain_schedules
 from .shared_prefix_trainer import SharedPrefixDPOTrainer
-from .showing import BarCallback, CompletionsCallback, LineCallback, ProbeCallback, ReportCallback
+from .showing import BarCallback, CompletionsCallback, ExamplesCallback, LineCallback, ProbeCallback, ReportCallback
 from .spin_config import SPINConfig
 
 
@@ -236,6 +236,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         self.add_callback(self_play)
         if args.log_completions:
             self.add_callback(CompletionsCallback(game, processes))
+        self.add_callback(ExamplesCallback(self, game, processes))
         self.add_callback(ProbeCallback(self, game, processes, probe_engine, best_metric.table))
         self.add_callback(self.best_iteration)
         self.add_callback(ReportCallback(game, processes))
@@ -273,10 +274,10 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             # Same mean over the whole batch, and same gradient, as if the unplayed pairs had gone through the model
             loss = share * loss + (1 - share) * self.losses.at_zero(beta)
 
-        self.monitor.step(mode, self.state.global_step, loss, (real, generated), inputs["completion_mask"])
+        self.monitor.step(mode, self.state.global_step, loss, (real, generated), inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def forward_pairs(self, model, played=None, **kwargs):
+    def forward_pairs(self, model, row=None, played=None, **kwargs):
         """Keeps the log-probs of the completions, and gives pairs that are not played no gradient in any loss."""
         outputs = super().forward_pairs(model, **kwargs)
         if kwargs.get("fused_lm_head"):
@@ -334,8 +335,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "played" not in self._signature_columns:
-            self._signature_columns.append("played")
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "row", "played"]))
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> GameDataset:
         # The last thing that DPOTrainer does with a dataset. There is nothing to score before the opponent has
@@ -488,10 +488,13 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             Path(self.args.output_dir) / "README.md",
             model_name=model_name or Path(self.hub_model_id or self.run_dir).name,
             hub_model_id=self.hub_model_id,
+            run_name=Path(self.run_dir).name,
             base_model=self.game.base_model,
             revision=(self.args.model_init_kwargs or {}).get("revision"),
-            dataset_name=dataset_name,
-            data=f"`{self.dataset_name}`, {len(self.game.train)} prompts ({left_out} rows left out)",
+            is_adapter=isinstance(self.model, PeftModel),
+            dataset_name=dataset_name or (self.dataset_name if "/" in self.dataset_name else None),
+            data=f"`{public_name(self.dataset_name)}`, {len(self.game.train)} prompts ({left_out} rows left out)",
+            question=self.game.question("train", self.game.train.columns.scalars["row"][0]),
             settings={name: value for name, value in self.args.to_dict().items() if name in _CARD_SETTINGS},
             records=read_records(self.run_dir, self.args.num_self_play_iterations),
             rows=self.best_iteration.best_metric.table(self.args.num_self_play_iterations - 1),

@@ -26,10 +26,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 
+def public_name(name: str) -> str:
+    """A name on the Hub as it is, of a local path the last part: nobody else has that folder."""
+    return Path(name).name if os.path.exists(name) or os.path.isabs(name) else name
+
+
 def write_model_card(
     path: str | Path,
     *,
     base_model: str | None,
+    is_adapter: bool,
     dataset_name: str | None,
     model_name: str,
     records: list[dict[str, Any]],
@@ -44,8 +50,10 @@ def write_model_card(
             File to write.
         base_model (`str`, *optional*):
             Name or path of the model that self-play started from.
+        is_adapter (`bool`):
+            Whether the model is an adapter on it.
         dataset_name (`str`, *optional*):
-            Dataset on the Hub to link to.
+            Dataset to link to, if it is one on the Hub.
         model_name (`str`):
             Name of the model.
         records (`list[dict[str, Any]]`):
@@ -53,29 +61,31 @@ def write_model_card(
         tags (`list[str]`):
             Tags.
         **shown:
-            What else model_card.md shows: `hub_model_id`, repository of the model on the Hub or `None`; `revision` of
-            the base model or `None`; `data`, the training data in words; `settings`, options of the run by name; `rows`,
-            a table of the models, titles first.
+            What else model_card.md shows: `hub_model_id`, repository of the model on the Hub or `None`; `run_name`,
+            name of the output directory; `revision` of the base model or `None`; `data`, the training data in words;
+            `question`, what the quick start asks, text or messages; `settings`, options of the run by name; `rows`, a
+            table of the models, titles first.
     """
     if (trackio_url := get_trackio_space_url()) is not None:
         # In place of the tag that trackio has set, which names the Space but not the run
         tags = [*(tag for tag in tags if not tag.startswith("trackio:")), f"trackio:{trackio_url}"]
     if "JOB_ID" in os.environ:
         tags = [*tags, "hf_jobs"]
+    is_public = bool(base_model) and public_name(base_model) == base_model
     card_data = ModelCardData(
-        # Nobody else can follow a local path
-        base_model=None if not base_model or os.path.isdir(base_model) else base_model,
-        datasets=dataset_name,
-        library_name="transformers",
-        licence="license",
+        base_model=base_model if is_public else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if is_public else None,
+        datasets=dataset_name if dataset_name and public_name(dataset_name) == dataset_name else None,
+        library_name="peft" if is_adapter else "transformers",
         model_name=model_name,
+        pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["generated_from_trainer", *tags])),
     )
     # The template sees the fields of `card_data` that are not None as well
     ModelCard.from_template(
         card_data,
         template_path=str(Path(__file__).with_name("model_card.md")),
-        start=base_model,
+        start=base_model and public_name(base_model),
         records=records,
         # There is a run only where wandb has been imported
         wandb_run=getattr(sys.modules.get("wandb"), "run", None),

@@ -23,8 +23,9 @@ import io
 import json
 import re
 import sys
+import tomllib
 from collections import defaultdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,11 @@ from markupsafe import Markup, escape
 from tqdm.auto import tqdm
 
 from ..run.files import atomic_open
-from .reader import Iteration, read_run
+from .reader import read_run
 from .signals import metric_prefix
 
 
+SUMMARY = tomllib.loads(Path(__file__).with_name("summary.toml").read_text(encoding="utf-8"))
 # Control characters, halves of characters, and what changes the direction of the text around it, so that it reads as
 # something else
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
@@ -64,22 +66,23 @@ def write_report(output_dir: str | Path) -> Path:
 
     run = read_run(output_dir)
     path = run.output_dir / "report" / "report.html"
-    images = defaultdict(dict)  # SVG in base64, by kind and dataset
+    images = defaultdict(lambda: defaultdict(dict))  # SVG in base64, by kind, dataset and title
     with figures.style():
-        for kind, name, figure in figures.draw_all(run):
-            if figure is not None:
-                file_name = re.sub(r"[^\w-]+", "-", f"{kind}_{name}" if name else kind)
-                with atomic_open(path.with_name(f"{file_name}.png")) as file:
-                    figure.savefig(file, format="png", dpi=150)
-                svg = io.BytesIO()
-                figure.savefig(svg, format="svg", metadata={"Date": None})
-                images[kind][name] = base64.b64encode(svg.getvalue()).decode()
+        for kind, name, title, figure in figures.draw_all(run):
+            parts = [kind, name, re.split("[:(,]", title)[0].strip()]
+            file_name = re.sub(r"[^\w-]+", "-", "_".join(filter(None, parts)))
+            with atomic_open(path.with_name(f"{file_name}.png")) as file:
+                figure.savefig(file, format="png", dpi=150)
+            svg = io.BytesIO()
+            figure.savefig(svg, format="svg", metadata={"Date": None})
+            images[kind][name][title] = base64.b64encode(svg.getvalue()).decode()
     # What models, datasets and users wrote is escaped wherever the template shows it, and loses what is not text
     environment = Environment(autoescape=True, finalize=_plain, undefined=StrictUndefined, trim_blocks=True)
     environment.loader = FileSystemLoader(Path(__file__).parent)
-    environment.filters |= {"cell": _cell, "code": _set_code, "json": json.dumps, "prefix": metric_prefix}
+    filters = {"code": _code, "number": _number, "duration": _duration, "setting": _setting, "prefix": metric_prefix}
+    environment.filters |= filters
     template = environment.get_template("report.html.jinja")
-    page = template.render(run=run, images=images, now=f"{datetime.now():%Y-%m-%d %H:%M}")
+    page = template.render(run=run, images=images, now=f"{datetime.now():%Y-%m-%d %H:%M}", **SUMMARY)
     with atomic_open(path) as file:
         file.write(page.encode())
     return path
@@ -90,23 +93,23 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, Markup) else _NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", str(value))
 
 
-def _set_code(message: str) -> Markup:
+def _code(message: str) -> Markup:
     """A message of the package's own, with what stands between backticks set as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(_plain(message)))))
 
 
-def _cell(iteration: Iteration, key: str) -> str:
-    """What an iteration says of a setting or a metric, with its interval where one was logged."""
-    value, low, high = (_number(iteration.values.get(key + end)) for end in ("", "_low", "_high"))
-    return f"{value} [{low}, {high}]" if low and high else value
+def _number(value: Any, spec: str) -> str:
+    return f"{value:{spec}}" if isinstance(value, (int, float)) else str(value)
 
 
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float) or isinstance(value, int) and abs(value) >= 1e6:
-        return f"{value:.4g}"
-    return str(value)
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
+def _setting(value: Any) -> str:
+    """A setting as text, of an absolute path its name: nobody else has that folder."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return re.sub(r'(^|")/(?:[^"]*/)?([^"/]+)/*(?="|$)', r"\1\2", text)
 
 
 def main(arguments: list[str]):

@@ -26,8 +26,9 @@ import numpy as np
 import pandas
 from pyarrow import Table, compute
 
-from ..run.files import HISTORY, PROBES, RECORD, RECORDED_OPTIONS, SETTINGS, game_dir, model_dir, read_json
+from ..run.files import EXAMPLES, HISTORY, PROBES, RECORD, RECORDED_OPTIONS, SETTINGS, game_dir, model_dir, read_json
 from ..run.games import load_game, read_manifest
+from .signals import metric_prefix
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Iteration:
     record: dict[str, Any]
     values: dict[str, Any]  # its settings, as planned or as played, and all metrics
     completions: dict[str, pandas.DataFrame]  # see `_measure`
+    examples: list[dict[str, Any]]  # held-out pairs with the largest and the smallest margins
 
 
 @dataclass
@@ -85,15 +87,26 @@ class Run:
         return pandas.DataFrame([i.values for i in self.iterations], index=[i.number for i in self.iterations])
 
     @property
-    def likelihoods(self) -> pandas.DataFrame:
-        """
-        Negative log-likelihood that each model gives to the real completions: a row per model, -1 for the one that
-        self-play started from, and a column per dataset, named as the metric.
-        """
-        opponents = self.metrics.filter(regex="self_play/nll_real$").rename(lambda number: number - 1)
-        opponents = opponents.rename(columns=lambda key: key.replace("self_play/nll_real", "nll/real"))
-        # On training data it is an average over the iteration's steps, not the finished model's
-        return opponents.combine_first(self.metrics.filter(regex="^eval_.*nll/real$"))
+    def metric(self) -> str:
+        """What compares the models: `metric_for_best_iteration`, or "" if it was not measured."""
+        named = [i.record.get("verdict_metric") for i in self.iterations]
+        named += [f"{metric_prefix(name)}nll/real" for name in self.held_out]
+        return next((name for name in named if name in self.metrics), "")
+
+    def scores(self, metric: str) -> pandas.DataFrame:
+        """A metric of the models and its interval, a row per model, -1 for the one that self-play started from."""
+        opponent = metric.replace("nll/real", "self_play/nll_real")
+        measured = [(-1, i.manifest["metrics"], opponent) for i in self.iterations if i.number == 0]
+        measured += [(i.number, i.record, metric) for i in self.iterations]
+        rows = {number: [found.get(key + end) for end in ("", "_low", "_high")] for number, found, key in measured}
+        table = pandas.DataFrame.from_dict(rows, "index", dtype=float, columns=["value", "low", "high"])
+        return table.dropna(subset="value")
+
+    @property
+    def best(self) -> int:
+        """The best model by what compares them."""
+        values = self.scores(self.metric)["value"]
+        return int(values.idxmax() if "completions/" in self.metric else values.idxmin())
 
 
 def read_run(output_dir: str | Path) -> Run:
@@ -147,7 +160,9 @@ def _read_iteration(run: Run, number: int):
         # Completions by earlier opponents belong to earlier iterations
         completions[name] = _measure(table.filter(compute.equal(table["opponent"], number)))
     planned = {key: run.settings[key][number] for key in RECORDED_OPTIONS if number < len(run.settings.get(key, []))}
-    run.iterations.append(Iteration(number, manifest, record, planned | manifest["metrics"] | record, completions))
+    values = planned | manifest["metrics"] | record
+    examples = _attempt(run, {}, read_json, directory / EXAMPLES).get("examples", [])
+    run.iterations.append(Iteration(number, manifest, record, values, completions, examples))
 
 
 def _measure(pairs: Table) -> pandas.DataFrame:
@@ -173,7 +188,8 @@ def _attempt(run: Run, default: Any, function: Callable, *args: Any) -> Any:
     try:
         return function(*args) or default
     except JSONDecodeError as error:
-        run.notes.append(f"{args[0]} cannot be read: {error}.")
+        note = f"{args[0]} cannot be read: {error}."
     except ValueError as error:
-        run.notes.append(str(error))
+        note = str(error)
+    run.notes.append(note.replace(f"{run.output_dir}/", ""))  # nobody else has that folder
     return default

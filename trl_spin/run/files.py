@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 
 # In `self_play/iteration-<t>`, in `self_play`, and in `iteration-<t>`
-MANIFEST, PROBES = "manifest.json", "probes.json"
+MANIFEST, PROBES, EXAMPLES = "manifest.json", "probes.json", "examples.json"
 HISTORY, SETTINGS = "log_history.json", "run.json"
 RECORD = "self_play.json"
 # Options of an iteration that stand in its record
