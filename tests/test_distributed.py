@@ -87,6 +87,10 @@ def test_two_processes_play_the_same_game_as_one(tmp_path, kind):
                 logps = [(p.pop("ref_real_logps"), p.pop("ref_generated_logps")) for p in (pair, other)]
                 assert pair == other
                 assert logps[0] == pytest.approx(logps[1], abs=1e-3)
+        # A sampler of two processes repeats one of the five rows
+        paths = (tmp_path / run / f"self_play/iteration-{iteration}/examples.json" for run in ("one", "two"))
+        margins = [{e["row"]: e["margin"] for e in json.loads(path.read_text())["examples"]} for path in paths]
+        assert len(margins[0]) == 5 and margins[0] == pytest.approx(margins[1], abs=1e-3)
         played = one["train"]["played"][:]
         assert all(played) if kind != "full" else 0 < sum(played) < len(played)
     name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"

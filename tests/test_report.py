@@ -235,7 +235,7 @@ def test_the_verdict_comes_first(finished, tmp_path, no_figures):
     text = verdict(1.5, 1.75)
     start = "Self-play helped: the held-out NLL of the real completions went from 2.000 to 1.500 nats per token with"
     assert text.startswith(f"{start} iteration 0, the best of 2. The last model is worse, with 1.750.")
-    assert "relative to this file: ../iteration-0" in text and "0:03:20" in text
+    assert "relative to this file: ../iteration-0" in text and "03:20" in text
     assert "beyond the noise (95% interval 1.4 to 1.8)" in verdict(1.5, 1.75, low=1.4, high=1.8)
     assert "within the noise (95% interval 1.4 to 2.1)" in verdict(1.5, 1.75, low=1.4, high=2.1)
     assert verdict(2.5, 2.25).startswith("Self-play did not help: the held-out NLL of the real completions was 2.000")
@@ -348,27 +348,36 @@ def test_the_style_is_the_reports_own(finished, tmp_path, monkeypatch):
     assert matplotlib.image.imread(path.parent / "training_loss.png")[0, 0].tolist() == [1, 1, 1, 1]
 
 
-def test_the_card_of_a_model_of_the_hub(tmp_path, monkeypatch):
+@pytest.fixture
+def write_card(tmp_path, monkeypatch):
     monkeypatch.setattr(card, "get_trackio_space_url", lambda: "https://space.example?runs=1")
     monkeypatch.setenv("JOB_ID", "1")
-    card.write_model_card(
-        tmp_path / "README.md",
-        model_name="spin",
-        hub_model_id="me/spin",
-        base_model="org/sft",
-        revision="v1",
-        dataset_name="org/data",
-        is_adapter=True,
-        run_name="run",
-        question=[{"role": "user", "content": 'Why "so"?\n'}],
-        data="`data`, 4 prompts",
-        settings={"seed": 0, "loss_type": ["sigmoid"]},
-        records=[],
-        tags=["trl", "spin", "trackio:https://space.example"],
-    )
-    written = ModelCard.load(tmp_path / "README.md")
+
+    def write(**changes):
+        shown = {
+            "model_name": "spin",
+            "hub_model_id": "me/spin",
+            "base_model": "org/sft",
+            "revision": "v1",
+            "is_adapter": True,
+            "dataset_name": "org/data",
+            "run_name": "run",
+            "question": [{"role": "user", "content": 'Why "so"?\n'}],
+            "data": "`data`, 4 prompts",
+            "settings": {"seed": 0, "loss_type": ["sigmoid"]},
+            "records": [],
+            "tags": ["trl", "spin", "trackio:https://space.example"],
+        }
+        card.write_model_card(tmp_path / "README.md", **shown | changes)
+        return ModelCard.load(tmp_path / "README.md")
+
+    return write
+
+
+def test_the_card_of_a_model_of_the_hub(write_card):
+    written = write_card()
     assert written.data.base_model == "org/sft" and written.data.datasets == "org/data"
-    assert written.data.base_model_relation == "adapter" and "license" not in written.data.to_dict()
+    assert written.data.base_model_relation == "adapter" and "licence" not in written.data.to_dict()
     tags = ["generated_from_trainer", "trl", "spin", "trackio:https://space.example?runs=1", "hf_jobs"]
     assert written.data.tags == tags
     for text in (
@@ -379,6 +388,21 @@ def test_the_card_of_a_model_of_the_hub(tmp_path, monkeypatch):
         "- Lineage: `org/sft` (revision `v1`)\n- Settings: seed = 0, loss_type = ['sigmoid']\n\n### Framework",
     ):
         assert text in written.text
+
+
+def test_the_card_of_a_local_model_names_no_folders(tmp_path, write_card):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "data.jsonl").touch()
+    written = write_card(
+        hub_model_id=None,
+        base_model=str(tmp_path / "sft"),
+        dataset_name=str(tmp_path / "data.jsonl"),
+        question="1 + 1 =",
+        records=[{"iteration": 0}, {"iteration": 1}],
+    )
+    assert str(tmp_path) not in written.content and "fine-tuned version of `sft`" in written.text
+    assert not {"base_model", "base_model_relation", "datasets"} & written.data.to_dict().keys()
+    assert 'prompt = \'1 + 1 =\'\ngenerator = pipeline("text-generation", model="run/iteration-1"' in written.text
 
 
 def test_command(begun, monkeypatch, capsys):

@@ -251,9 +251,8 @@ class IterationCallback(TrainerCallback):
         logs = last_logs(trainer.state.log_history, self.game.schedule.starts[iteration])
         settings = {name: args.per_iteration(name)[iteration] for name in RECORDED_OPTIONS}
         record = {"iteration": iteration, **manifest["metrics"], **logs, **settings}
-        verdict = self.best_metric.judge(iteration, logs)[1]
-        judged = {"warnings": manifest["warnings"], "verdict": verdict, "verdict_metric": self.best_metric.name}
-        write_json(directory / RECORD, record | judged)
+        verdict = {"verdict": self.best_metric.judge(iteration, logs)[1], "verdict_metric": self.best_metric.name}
+        write_json(directory / RECORD, record | {"warnings": manifest["warnings"], **verdict})
         name = args.hub_model_id or Path(args.output_dir).name
         trainer.create_model_card(model_name=f"{name.split('/')[-1]}-iteration-{iteration}")
         shutil.copy(Path(args.output_dir) / "README.md", directory / "README.md")

@@ -79,9 +79,9 @@ class ExamplesCallback(TrainerCallback):
         for row in ranked[:5] + ranked[5:][-5:]:
             pair, question = pairs[pairs["row"][:].index(row)], self.game.question(self.game.watched.name, row)
             prompt = question if isinstance(question, str) else str(question[0]["content"])
-            texts = prompt, *self.game.rules.decode([pair["real_ids"], pair["generated_ids"]])
-            texts = zip(("prompt", "real", "generated"), map(_shorten, texts), strict=True)
-            examples.append({"row": row, "margin": margins[row], **dict(texts)})
+            texts = map(_shorten, (prompt, *self.game.rules.decode([pair["real_ids"], pair["generated_ids"]])))
+            names = ("row", "margin", "prompt", "real", "generated")
+            examples.append(dict(zip(names, (row, margins[row], *texts), strict=True)))
         write_json(path, {"examples": examples})
 
 

@@ -63,7 +63,7 @@ def draw_models(run: Run) -> Iterator[tuple[str, Figure]]:
     if len(scores) > 1:
         measure = run.metric[re.search("nll/real|completions/", run.metric).start() :]
         title = TITLES["models"].get(measure, measure)
-        figure, ax = _panel(title, width=6.5)
+        figure, ax = _panel(title, width=5)
         for name, look in zip(run.held_out, cycle(matplotlib.rcParams["axes.prop_cycle"])):
             _plot_with_intervals(ax, run.scores(metric_prefix(name) + measure), label=name, **look)
         star = POINTS | {"color": "#009E73", "marker": "*", "markersize": 15, "zorder": 3}
@@ -140,7 +140,8 @@ def draw_pairs(run: Run, name: str, kind: str) -> Iterator[tuple[str, Figure]]:
         for side, values in game.items():
             few = values.count() <= FEW
             shares = np.linspace(0, 1, values.count()) if few else np.linspace(0.005, 0.995, 199)
-            ax.plot(values.quantile(shares), shares, label=side, **LOOKS[side] | ({} if few else {"marker": "None"}))
+            look = LOOKS[side] | ({"clip_on": False} if few else {"marker": "None"})
+            ax.plot(values.quantile(shares), shares, label=side, **look)
         if kind == "changes":
             ax.axvline(0, **REFERENCE)
         ax.set_ylabel("share below")
@@ -181,4 +182,4 @@ def _finish(ax: Axes, title: str, xlabel: str, models: pandas.Index | None = Non
     ax.set_ylim(TITLES["limits"].get(title, (low - more, high + more)))
     handles = {handle.get_label(): handle for handle in ax.get_legend_handles_labels()[0]}
     if len(handles) > 1:
-        ax.figure.legend(handles=handles.values(), loc="outside lower center", ncols=3)
+        ax.figure.legend(handles=handles.values(), loc="outside lower center", ncols=2 if len(handles) > 3 else 3)

@@ -25,7 +25,7 @@ import re
 import sys
 import tomllib
 from collections import defaultdict
-from datetime import datetime, timedelta
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ def write_report(output_dir: str | Path) -> Path:
     # What models, datasets and users wrote is escaped wherever the template shows it, and loses what is not text
     environment = Environment(autoescape=True, finalize=_plain, undefined=StrictUndefined, trim_blocks=True)
     environment.loader = FileSystemLoader(Path(__file__).parent)
-    filters = {"code": _code, "number": _number, "duration": _duration, "setting": _setting, "prefix": metric_prefix}
-    environment.filters |= filters
+    filters = {"code": _code, "number": _number, "setting": _setting, "prefix": metric_prefix}
+    environment.filters |= filters | {"duration": tqdm.format_interval}
     template = environment.get_template("report.html.jinja")
     page = template.render(run=run, images=images, now=f"{datetime.now():%Y-%m-%d %H:%M}", **SUMMARY)
     with atomic_open(path) as file:
@@ -100,10 +100,6 @@ def _code(message: str) -> Markup:
 
 def _number(value: Any, spec: str) -> str:
     return f"{value:{spec}}" if isinstance(value, (int, float)) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
 def _setting(value: Any) -> str:
