@@ -362,10 +362,11 @@ def write_card(tmp_path, monkeypatch):
             "is_adapter": True,
             "dataset_name": "org/data",
             "run_name": "run",
-            "question": [{"role": "user", "content": 'Why "so"?\n'}],
+            "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Why "so"?\n'}],
             "data": "`data`, 4 prompts",
             "settings": {"seed": 0, "loss_type": ["sigmoid"]},
             "records": [],
+            "rows": [],
             "tags": ["trl", "spin", "trackio:https://space.example"],
         }
         card.write_model_card(tmp_path / "README.md", **shown | changes)
@@ -397,7 +398,7 @@ def test_the_card_of_a_local_model_names_no_folders(tmp_path, write_card):
         hub_model_id=None,
         base_model=str(tmp_path / "sft"),
         dataset_name=str(tmp_path / "data.jsonl"),
-        question="1 + 1 =",
+        prompt="1 + 1 =",
         records=[{"iteration": 0}, {"iteration": 1}],
     )
     assert str(tmp_path) not in written.content and "fine-tuned version of `sft`" in written.text

@@ -317,12 +317,6 @@ class Game:
     def started(self) -> bool:
         return bool(self.train.pairs)
 
-    def question(self, name: str, row: int) -> str | list[dict[str, str]]:
-        """What a row of a dataset asks: its prompt, of a conversation the last turn."""
-        dataset, read_prompt = self.sources[name]
-        prompt = read_prompt(dataset[row])
-        return prompt if isinstance(prompt, str) else prompt[-1:]
-
     def swap(self, iteration: int, pairs: dict[str, Dataset], at_start: bool):
         """Puts the pairs of an iteration in the place of the last one's."""
         for name, dataset in self.datasets.items():

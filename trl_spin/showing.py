@@ -75,10 +75,9 @@ class ExamplesCallback(TrainerCallback):
 
     def _write(self, path: Path, margins: dict[int, float]):
         ranked, pairs = sorted(margins, key=margins.get, reverse=True), self.game.watched.pairs[0]
-        examples = []
+        (data, read_prompt), examples = self.game.sources[self.game.watched.name], []
         for row in ranked[:5] + ranked[5:][-5:]:
-            pair, question = pairs[pairs["row"][:].index(row)], self.game.question(self.game.watched.name, row)
-            prompt = question if isinstance(question, str) else str(question[0]["content"])
+            pair, prompt = pairs[pairs["row"][:].index(row)], _last_turn(read_prompt(data[row]))
             texts = map(_shorten, (prompt, *self.game.rules.decode([pair["real_ids"], pair["generated_ids"]])))
             names = ("row", "margin", "prompt", "real", "generated")
             examples.append(dict(zip(names, (row, margins[row], *texts), strict=True)))

@@ -482,7 +482,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         if not self.is_world_process_zero():
             return
-        left_out = sum(self.game.left_out["train"].values())
+        left_out, (dataset, read_prompt) = sum(self.game.left_out["train"].values()), self.game.sources["train"]
         unsloth = ["unsloth"] if hasattr(self.model.config, "unsloth_version") else []
         write_model_card(
             Path(self.args.output_dir) / "README.md",
@@ -494,7 +494,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             is_adapter=isinstance(self.model, PeftModel),
             dataset_name=dataset_name or (self.dataset_name if "/" in self.dataset_name else None),
             data=f"`{public_name(self.dataset_name)}`, {len(self.game.train)} prompts ({left_out} rows left out)",
-            question=self.game.question("train", self.game.train.columns.scalars["row"][0]),
+            prompt=read_prompt(dataset[self.game.train.columns.scalars["row"][0]]),
             settings={name: value for name, value in self.args.to_dict().items() if name in _CARD_SETTINGS},
             records=read_records(self.run_dir, self.args.num_self_play_iterations),
             rows=self.best_iteration.best_metric.table(self.args.num_self_play_iterations - 1),

@@ -63,7 +63,7 @@ def write_model_card(
         **shown:
             What else model_card.md shows: `hub_model_id`, repository of the model on the Hub or `None`; `run_name`,
             name of the output directory; `revision` of the base model or `None`; `data`, the training data in words;
-            `question`, what the quick start asks, text or messages; `settings`, options of the run by name; `rows`, a
+            `prompt`, what the quick start asks, text or messages; `settings`, options of the run by name; `rows`, a
             table of the models, titles first.
     """
     if (trackio_url := get_trackio_space_url()) is not None:

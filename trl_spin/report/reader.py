@@ -147,7 +147,7 @@ def _read_iteration(run: Run, number: int):
     manifest = _attempt(run, None, read_manifest, str(run.output_dir), number)
     # The last model's probes stand in the folder of an iteration that is not played
     for probe in _attempt(run, [], read_json, directory / PROBES):
-        run.probes.setdefault(probe["row"], probe | {"by_model": {}})["by_model"][number] = probe["generated"]
+        run.probes.setdefault(probe["row"], probe | {"by_model": {}})["by_model"][number] = probe
     if manifest is None:
         # What is there after the last iteration was written to measure its model
         if number < run.planned and any(directory.glob("completions-*")):
