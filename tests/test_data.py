@@ -81,11 +81,12 @@ def decode(tokenizer, row):
         {"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Blue."}]},
         {"prompt": "ignored", "prompt_id": "1", "messages": [USER, ASSISTANT]},  # UltraChat
         {"messages": [USER, ASSISTANT, USER]},  # what follows the last completion is not needed
+        {"prompt": "Sky?", "completion": "Blue."},
     ],
-    ids=["messages", "pair", "preference", "implicit preference", "official", "sharegpt", "ultrachat", "open end"],
+    ids="messages, pair, preference, implicit preference, official, sharegpt, ultrachat, open end, text".split(", "),
 )
 def test_conversational_formats_give_the_same_game(tokenizer, row):
-    prepared, left_out = prepare([row], tokenizer)
+    prepared, left_out = prepare([row], tokenizer, apply_chat_template=True)
     expected = "<|im_start|>user\nSky?<|im_end|>\n<|im_start|>assistant\n", "Blue.<|im_end|>"
     assert decode(tokenizer, prepared[0]) == expected
     assert not left_out
@@ -101,8 +102,9 @@ def test_conversational_formats_give_the_same_game(tokenizer, row):
     ],
     ids=["pair", "preference", "implicit preference", "named columns"],
 )
-def test_text_formats_give_the_same_game(tokenizer, row, kwargs):
+def test_text_formats_give_the_same_game(tokenizer, row, kwargs, caplog):
     prepared, _ = prepare([row], tokenizer, **kwargs)
+    assert "set `apply_chat_template=True`" in caplog.text  # the tokenizer has a template
     assert "".join(decode(tokenizer, prepared[0])) == "Sky? Blue.<|im_end|>"
     assert decode(tokenizer, prepared[0])[1].strip() == "Blue.<|im_end|>"
 
@@ -120,6 +122,14 @@ def test_system_prompt_tools_earlier_turns_and_template_kwargs_stay_in_the_promp
     assert decode(tokenizer, prepared[0])[0].startswith("config:<|im_start|>")
     prepared, _ = prepare([{"messages": messages}], tokenizer, first_turn_only=True)
     assert decode(tokenizer, prepared[0])[1] == "What?<|im_end|>"
+    kwargs = {"system_prompt": "Be kind.", "apply_chat_template": True}
+    for row, system in (({"messages": messages}, "brief"), ({"prompt": "Sky?", "completion": "Blue."}, "kind")):
+        prepared, _ = prepare([row], tokenizer, **kwargs)
+        assert decode(tokenizer, prepared[0])[0].startswith(
+            f"<|im_start|>system\nBe {system}.<|im_end|>\n<|im_start|>u"
+        )
+    with pytest.raises(ValueError, match="Row 0 .*`system_prompt` is for conversations"):
+        prepare([row], tokenizer, system_prompt="Be kind.")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -166,6 +176,8 @@ def test_what_is_ignored_is_said_once(tokenizer, caplog):
     for _ in range(2):
         prepare(rows, tokenizer, name="preferences")
     assert caplog.text.count("`rejected` is ignored") == 1
+    prepare([{"messages": [USER, ASSISTANT], "tools": '[{"name": "look"}]'}] * 3, tokenizer, name="agents")
+    assert caplog.text.count("ignores the `tools` of the agents dataset") == 1
 
 
 def test_rows_that_cannot_be_played_are_left_out_and_counted(tokenizer, caplog):

@@ -59,7 +59,7 @@ ZEPHYR = (
 def hub(tmp_path, monkeypatch):
     """A working directory in which the names on the Hub are folders, so that the same code finds them there."""
     tokenizer = make_tokenizer(ZEPHYR)
-    for name in ("alignment-handbook/zephyr-7b-sft-full", "gsm8k-sft"):
+    for name in ("alignment-handbook/zephyr-7b-sft-full", "HuggingFaceTB/SmolLM2-135M-Instruct", "gsm8k-sft"):
         make_model(tokenizer, hidden_size=64).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     messages = make_dataset(8)["messages"][:]

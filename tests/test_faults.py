@@ -405,21 +405,32 @@ def test_a_directory_that_cannot_be_written_to():
 # ---- Preflight ----
 
 
-def test_dry_run_prints_the_plan_and_stops(tmp_path, capsys):
-    trainer = make_trainer(tmp_path, dry_run=True, num_train_epochs=[1, 2], dataset=make_dataset(10))
+def test_dry_run_prints_the_plan_and_stops(tmp_path, monkeypatch, caplog, capsys):
+    ids = make_tokenizer()("\x1b[2JOne")["input_ids"]
+    monkeypatch.setattr(Scripted, "script", staticmethod(lambda prompts: [ids] * len(prompts)))
+    options = {"dry_run": True, "num_train_epochs": [1, 2], "use_script": True}
+    trainer = make_trainer(tmp_path, dataset=make_dataset(10), **options)
     before = weights(trainer)
     trainer.train()
     plan = capsys.readouterr().out
+    assert max(map(len, plan[plan.index("data") :].splitlines())) <= 80
+    plan = " ".join(plan.split())
     for text in (
         "one copy in memory",
         "10 prompts (0 rows left out)",
+        "10.0% of the real completions are longer",
         "9 steps in all",
+        "learning rate 0.001",
         "20 completions of up to 12 tokens",
+        r"<|im_start|>assistant\n' real '1<|im_end|>' generated '\x1b[2JOne' (cut: tried with 7 tokens)",
     ):
-        assert text in plan
+        assert text in plan, text
     assert_same_weights(trainer, before)
     assert {p.name for p in tmp_path.rglob("*")} <= {"self_play", "lock", "job.json"}
     make_trainer(tmp_path).train()  # nothing stands in the way
+    assert "out of reach" not in caplog.text
+    make_trainer(tmp_path, max_completion_length=512)
+    assert "`max_completion_length` (512) is out of reach" in caplog.text
 
 
 def test_the_trial_run_leaves_no_trace(tmp_path, monkeypatch):
@@ -429,7 +440,11 @@ def test_the_trial_run_leaves_no_trace(tmp_path, monkeypatch):
 
     def decide(self, args):  # as the trial run has it, without one
         self.trainer.shares_prefix = tried.shares_prefix
-        return MemoryPlan(None, False, callback_of(tried, SelfPlayCallback).engine.token_budget)
+        budget = callback_of(tried, SelfPlayCallback).engine.token_budget
+        for engine in self.engines:
+            engine.token_budget = budget
+        pair = {"row": 0, "prompt_ids": [], "real_ids": [], "generated_ids": [], "truncated": False}
+        return MemoryPlan(None, False, budget), pair, (0.0, 0.0)
 
     monkeypatch.setattr(PreflightCallback, "run_trial", decide)
     trainer = make_trainer(tmp_path / "not", **kwargs)

@@ -243,7 +243,7 @@ def test_generation_batches_fit_the_memory_and_stay_the_same_when_the_run_is_res
     trainer.train()
     budget = budget_of(trainer)
     assert 50 < budget < memory.DEFAULT_BUDGET and trainer.args.generation_token_budget is None
-    assert f"in batches of up to {budget:,}" in capsys.readouterr().out
+    assert f"in batches of up to {budget:,}" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "self_play" / "run.json").read_text())["generation_token_budget"] == budget
 
     monkeypatch.undo()

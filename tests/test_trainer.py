@@ -15,6 +15,7 @@
 import copy
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -457,14 +458,21 @@ def test_a_resumed_run_is_the_same_run(tmp_path, caplog, step):
 def test_runs_are_not_mixed(tmp_path):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match="has not started"):
-        trainer.train_dataset[0]
-    with pytest.raises(ValueError, match="has not started"):
         make_trainer(tmp_path / "eval", eval_dataset=make_dataset(3)).evaluate()
     trainer.train()
     with pytest.raises(ValueError, match="holds a finished run of 2 iterations .* raise `num_self_play_iterations`"):
         make_trainer(tmp_path).train()
     with pytest.raises(ValueError, match="holds the games of another run"):
         make_trainer(tmp_path, num_self_play_iterations=3).train()
+
+
+def test_before_the_game_the_datasets_hold_prompts_and_real_completions(tmp_path, tokenizer):
+    dataset = make_trainer(tmp_path).train_dataset
+    assert tokenizer.decode(dataset[1]["prompt_ids"]).startswith("<|im_start|>user\nCount to 2.")
+    assert tokenizer.decode(dataset[1]["chosen_ids"]) == "1 2<|im_end|>"
+    assert (dataset[1]["rejected_ids"], dataset[1]["played"]) == ([], False) and "chosen_ids" in dataset.column_names
+    batches = [*make_trainer(tmp_path).get_train_dataloader()]
+    assert sum(len(batch["played"]) for batch in batches) == 12 and not any(b["played"].any() for b in batches)
 
 
 def test_max_steps_cuts_the_game_short(tmp_path):
@@ -565,5 +573,20 @@ def test_default_arguments(model, tokenizer, dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     args = SPINConfig("x", use_cpu=True)
-    assert (args.learning_rate, args.num_train_epochs, args.beta) == (5e-7, 2, 1.0)
+    assert (args.num_train_epochs, args.beta) == (2, 1.0)
     assert args.per_iteration("beta") == [1.0] * 3
+    # An adapter needs larger steps. The options stay as they are: both trainers are made from the same ones
+    for peft_config, learning_rate in ((LoraConfig(), 1e-5), (None, 5e-7)):
+        trainer = SPINTrainer(
+            model, args=args, train_dataset=dataset, peft_config=peft_config, processing_class=tokenizer
+        )
+        assert trainer.args.learning_rate == learning_rate
+        model = make_model(tokenizer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for supported in (True, False):
+        for module in ("trl_spin.spin_config", "transformers.training_args"):
+            monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda supported=supported: supported)
+        with nullcontext() if supported else pytest.warns(UserWarning, match="`bf16` is off"):
+            assert SPINConfig("x").bf16 == supported
+    with pytest.raises(ValueError, match="bf16"):  # which is not changed where it was asked for
+        SPINConfig("x", bf16=True)

@@ -211,8 +211,8 @@ def test_a_run_with_vllm(tmp_path, llm, adapter, sleep, monkeypatch):
     trainer.train()
     assert torch.equal(rng[0], rng[1]) and torch.equal(rng[2], rng[3])
     assert len(llm.made) == 1
-    # Once for the trial run, and for both datasets in each iteration: asleep, for each of their batches
-    assert llm.made[0].num_syncs == (1 + 2 * (2 + 1) if sleep else 1 + 2 * 2)
+    # Twice for the trial run, and for both datasets in each iteration: asleep, for each of their batches
+    assert llm.made[0].num_syncs == (3 + 2 * (2 + 1) if sleep else 2 + 2 * 2)
     assert first_losses(trainer) == pytest.approx([0.6931, 0.6931], abs=1e-3)
     truncated = 0
     for iteration in range(2):
@@ -321,7 +321,7 @@ def test_a_run_with_a_vllm_server(tmp_path, monkeypatch):
         vllm_server_port=9000,
     )
     trainer.train()
-    assert [client.num_syncs for client in clients] == [3]
+    assert [client.num_syncs for client in clients] == [4]
     assert first_losses(trainer) == pytest.approx([0.6931, 0.6931], abs=1e-3)
 
 

@@ -130,8 +130,8 @@ class RowReader:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer, with a chat template if the rows are conversations.
         args ([`SPINConfig`]):
-            Names of the columns, if they are not known ones, `first_turn_only`, and `chat_template_kwargs`, over which
-            those of a row take precedence.
+            Names of the columns, if they are not known ones, `first_turn_only`, `apply_chat_template`,
+            `system_prompt`, and `chat_template_kwargs`, over which those of a row take precedence.
 
     Raises:
         `ValueError`: If the columns are of no format; the message says what to do.
@@ -139,6 +139,7 @@ class RowReader:
 
     def __init__(self, dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: SPINConfig):
         self.name, self.tokenizer, self.first_turn_only = name, tokenizer, args.first_turn_only
+        self.apply_chat_template, self.system_prompt = args.apply_chat_template, args.system_prompt
         self.chat_template_kwargs = _check_template_kwargs(args.chat_template_kwargs or {})
         columns = dataset.column_names
         if {"image", "images"} & set(columns):
@@ -166,6 +167,9 @@ class RowReader:
         ends = self.find_end_token_ids(row, ends if isinstance(ends, list) else [ends])
         limits = args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
         max_length = min((limit for limit in limits if limit is not None), default=None)
+        if max_length is not None and args.max_completion_length >= max_length:
+            what = f"`max_completion_length` ({args.max_completion_length}) is out of reach: prompt and completion together"
+            logger.warning(f"{what} have at most {max_length} tokens (`max_length`, or the model's context).")
         truncated, play_empty = args.truncated_completions, args.play_empty_completions
         return Rules(self.tokenizer, ends, max_length, truncated, play_empty, play_identical)
 
@@ -190,6 +194,10 @@ class RowReader:
         with self._naming_row(0):
             prompt, _, template_kwargs = self._split(row)
             if isinstance(prompt, str):
+                if tokenizer.chat_template is not None:
+                    what = f"The {self.name} dataset is text, to which the tokenizer's chat template is not applied"
+                    remedy = "If the model was fine-tuned with the template, set `apply_chat_template=True`"
+                    logger.warning(f"{what}: nothing stands between prompt and completion. {remedy}.")
                 return sorted(end_token_ids)
             _, _, after = self._render([*prompt, _PROBE_TURN], template_kwargs).rpartition(_PROBE)
         special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
@@ -315,7 +323,11 @@ class RowReader:
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError(f"`{self.prompt_column}` is empty, there is nothing to complete. Remove the row.")
-            return prompt, completion, {}
+            if not self.apply_chat_template:
+                if self.system_prompt is not None:
+                    raise ValueError("`system_prompt` is for conversations: set `apply_chat_template=True` as well.")
+                return prompt, completion, {}
+            prompt, completion = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
 
         messages = [_clean_message(message) for message in prompt + completion]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= len(prompt)]
@@ -335,7 +347,10 @@ class RowReader:
         template_kwargs = self.chat_template_kwargs | _check_template_kwargs(own)
         if tools:
             template_kwargs["tools"] = tools
-        return messages[:turn], messages[turn], template_kwargs
+        prompt = messages[:turn]
+        if self.system_prompt is not None and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": self.system_prompt}, *prompt]
+        return prompt, messages[turn], template_kwargs
 
     def _render(self, messages: list[dict], kwargs: dict[str, Any], prompt: bool = False) -> str:
         if self.tokenizer.chat_template is None:
@@ -353,6 +368,8 @@ class RowReader:
         """Prompt with its generation prompt, and the completion that follows it, both as rendered text."""
         prompt_text = self._render(prompt, kwargs, prompt=True)
         full_text = self._render([*prompt, completion], kwargs)
+        if "tools" in kwargs and self._render(prompt, kwargs | {"tools": None}, prompt=True) == prompt_text:
+            logger.warning_once(f"The chat template ignores the `tools` of the {self.name} dataset's rows.")
         if full_text.startswith(prompt_text):
             return prompt_text, full_text.removeprefix(prompt_text)
         # Some templates end the generation prompt with text that they do not write before a turn, such as an empty

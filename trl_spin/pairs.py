@@ -185,7 +185,8 @@ class GameDataset(torch.utils.data.Dataset):
 
     The dataloader is built once per `train()`, so what changes from one iteration to the next is the content of this
     dataset, never its length: one row per prompt. With several opponents, prompt `i` plays against opponent
-    `(i + epoch) mod K` (the newest is 0), so K epochs of an iteration play every pair once.
+    `(i + epoch) mod K` (the newest is 0), so K epochs of an iteration play every pair once. Before the game has
+    started, the generated completions are empty.
 
     Args:
         name (`str`):
@@ -205,13 +206,14 @@ class GameDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        self._check_started()
-        return as_preference(self._columns[(index + self.epoch) % len(self._columns)][index])
+        if self._columns:
+            return as_preference(self._columns[(index + self.epoch) % len(self._columns)][index])
+        row = self.columns[index]
+        return {"prompt_ids": row["prompt_ids"], "chosen_ids": row["real_ids"], "rejected_ids": [], "played": False}
 
-    def _check_started(self):
-        if not self.pairs:
-            reason = "the opponent completes the prompts when `train()` opens an iteration"
-            raise ValueError(f"The game on the {self.name} dataset has not started: {reason}. Call `train()` first.")
+    @property
+    def column_names(self) -> list[str]:
+        return list(self[0])
 
     @property
     def all_played(self) -> bool:
@@ -220,7 +222,8 @@ class GameDataset(torch.utils.data.Dataset):
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row in this epoch: prompt, real and generated completion."""
-        self._check_started()
+        if not self._columns:
+            return self.columns.lengths("prompt_ids") + self.columns.lengths("real_ids")
         by_opponent = np.stack([columns.pair_lengths() for columns in self._columns])
         rows = np.arange(len(self))
         return by_opponent[(rows + self.epoch) % len(by_opponent), rows]

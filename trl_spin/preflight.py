@@ -12,13 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Before anything is generated: a trial run of two rows, the plan, and whether memory and disk hold the run."""
+"""Before anything is generated: a trial run of a few rows, the plan, and whether memory and disk hold the run."""
 
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from pprint import pformat
 from typing import Any
 
 import torch
@@ -74,17 +77,18 @@ class PreflightCallback(TrainerCallback):
             dataset.clear()
         if state.is_world_process_zero:
             tqdm.write("Trying out a few rows, and measuring what memory training needs ...")
-        memory = self.run_trial(args)
-        for engine in self.engines:
-            engine.token_budget = memory.token_budget
+        memory, pair, seconds = self.run_trial(args)
         parameters = list(self.processes.accelerator.unwrap_model(self.trainer.model).parameters())
         trained = [p for p in parameters if p.requires_grad]
         num_bytes = sum(_numel(p) * p.element_size() for p in trained)
         optimizer = memory.estimate["optimizer"] if memory.estimate else 2 * num_bytes
         disk = estimate_disk(args, self.game, num_bytes, optimizer, state.save_steps)
         if state.is_world_process_zero:
-            run = {"args": args, "state": state, "game": self.game, "engine": self.engines[0]}
-            tqdm.write(describe_plan(**run, parameters=parameters, trained=trained, memory=memory, disk=disk))
+            run = {"args": args, "state": state, "game": self.game, "engine": self.engines[0], "pair": pair}
+            more = {"memory": memory, "parameters": parameters, "trained": trained, "disk": disk}
+            # The backward pass takes about twice as long as the forward pass, of which checkpointing adds another
+            more["times"] = estimate_times(args, self.game, seconds, forwards=3 + memory.checkpointing)
+            tqdm.write(describe_plan(**run, **more))
         self.processes.on_main(check_disk, args.output_dir, disk)
         if not self.trainer.is_deepspeed_enabled:  # which keeps weights in float32 beside them
             warn_of_lost_updates(trained, max(args.per_iteration("learning_rate")))
@@ -92,16 +96,22 @@ class PreflightCallback(TrainerCallback):
             raise DryRun
         self.processes.write(args.output_dir, write_run, args.output_dir, self.settings(), memory.token_budget)
 
-    def run_trial(self, args: SPINConfig) -> MemoryPlan:
+    def run_trial(self, args: SPINConfig) -> tuple[MemoryPlan, dict[str, Any], tuple[float, float]]:
         """
-        Sends the longest and the shortest row through generation, scoring and the loss of a training step, with a few
-        tokens, chooses the layout of the batches, and plans the memory. Random state and metrics are as before.
+        Sends the longest, the shortest and the first row through generation, scoring and the loss of a training step,
+        with a few tokens, chooses the layout of the batches, plans the memory, and looks at the clock. Random state
+        and metrics are as before.
+
+        Returns:
+            `tuple`: Memory, the pair of the first row, and the seconds that one token takes: generated, and in a
+            forward pass.
         """
         trainer, game, processes = self.trainer, self.game, self.processes
         model, columns = trainer.model_wrapped, game.train.columns
         lengths = columns.lengths("prompt_ids") + columns.lengths("real_ids")
         longest, shortest = int(lengths.argmax()), int(lengths.argmin())
-        rows = game.train.rows.select(sorted({longest, shortest}))
+        tried = list(dict.fromkeys([*sorted({longest, shortest}), 0]))
+        rows = game.train.rows.select(tried)
         training, batch_size = model.training, args.precompute_ref_batch_size or args.per_device_train_batch_size
 
         def logps_of(pairs: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,13 +134,30 @@ class PreflightCallback(TrainerCallback):
             # A run that is resumed goes on in the same batches
             budget = args.generation_token_budget or processes.on_main(recorded_token_budget, args.output_dir)
             memory = plan_memory(trainer, forward, pair, processes, budget)
+            for engine in self.engines:
+                engine.token_budget = memory.token_budget
+            token_seconds = self.time_token(args, limit)
             pairs = score(logps_of, replace(processes, quiet=True), pairs, "train", batch_size)
             game.iteration, game.at_start = 0, True
             model.train()
-            trainer.compute_loss(model, self.collate(map(as_preference, pairs)))
+            inputs, start = self.collate(map(as_preference, pairs)), time.perf_counter()
+            trainer.compute_loss(model, inputs).item()
+            seconds = token_seconds, (time.perf_counter() - start) / trainer._metrics["train"]["tokens"][-1][0]
             model.train(training)
         trainer.count_on()
-        return memory
+        return memory, pairs[tried.index(0)], seconds
+
+    def time_token(self, args: SPINConfig, limit: int) -> float:
+        """Seconds that a token of a completion takes, in a batch as large as those of the game, on short prompts."""
+        engine, columns, clock = self.engines[0], self.game.train.columns, []
+        size = max(1, engine.token_budget // (int(columns.lengths("prompt_ids").max()) + args.max_completion_length))
+        prompts = [prompt[-_TRIAL_TOKENS:] for prompt in self.game.train.rows[:size]["prompt_ids"]]
+        with engine.open(self.trainer.model_wrapped) as generate:
+            for num_tokens in (1, limit):
+                start = time.perf_counter()
+                steps = max(map(len, generate(prompts, list(range(len(prompts))), num_tokens) or [[]]))
+                clock.append(time.perf_counter() - start)
+        return max(0, clock[1] - clock[0]) / len(prompts) / max(1, steps - 1)
 
     def collate(self, pairs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """A batch as the trainer gets it."""
@@ -160,19 +187,31 @@ def estimate_disk(args: SPINConfig, game: Game, model: float, optimizer: float, 
     return parts | {"next_iteration": next_iteration, "whole_run": whole_run}
 
 
+def estimate_times(args: SPINConfig, game: Game, seconds: tuple[float, float], forwards: int) -> list[dict]:
+    """
+    Seconds that an iteration takes to generate, to score and to train, roughly, from those of one token, generated and
+    in a forward pass: with completions as long as the real ones, and with completions of the full length. A training
+    step takes as long as `forwards` forward passes.
+    """
+    columns, (of_token, of_forward), times = game.train.columns, seconds, []
+    passes = sum(game.schedule.num_epochs) / args.num_self_play_iterations
+    rows = sum(map(len, game.datasets.values())) / len(game.train)  # held-out ones are completed and scored as well
+    prompt, real = (columns.lengths(f"{part}_ids") for part in ("prompt", "real"))
+    for shortest in (0, args.max_completion_length):
+        generated = real.clip(shortest, args.max_completion_length)
+        generation = prompt.sum() * of_forward + generated.sum() * of_token / args.world_size
+        scoring = (prompt + real + generated).sum() * of_forward
+        steps = passes * forwards * scoring
+        times.append({"generation": rows * generation, "scoring": rows * scoring, "training": steps})
+    return times
+
+
 def describe_plan(**facts: Any) -> str:
     """What a run will do and need, for people, from the objects that `plan.txt.jinja` names."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
-    environment.filters |= {"count": "{:,}".format, "numel": _numel, "short": _short}
+    environment.filters |= {"count": "{:,}".format, "numel": _numel, "short": tqdm.format_sizeof}
+    environment.filters |= {"duration": tqdm.format_interval, "quote": partial(pformat, width=66)}
     return environment.get_template("plan.txt.jinja").render(facts)
-
-
-def _short(number: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}T"
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:
@@ -182,14 +221,14 @@ def _numel(parameter: torch.nn.Parameter) -> int:
 def check_disk(output_dir: str, disk: dict[str, float]):
     """Raises a `ValueError` if not even the next iteration fits the disk."""
     free = shutil.disk_usage(existing(Path(output_dir))).free
-    finding = f"`output_dir` ({output_dir}) has {_short(free)}B of free space, but the"
+    finding = f"`output_dir` ({output_dir}) has {tqdm.format_sizeof(free)}B of free space, but the"
     if free < disk["next_iteration"]:
         raise ValueError(
-            f"{finding} next iteration may need {_short(disk['next_iteration'])}B. Make room, choose another "
+            f"{finding} next iteration may need {tqdm.format_sizeof(disk['next_iteration'])}B. Make room, choose another "
             "`output_dir`, or save less (`save_only_model`, `save_strategy='no'`)."
         )
     if free < disk["whole_run"]:
-        logger.warning(f"{finding} whole run may need {_short(disk['whole_run'])}B.")
+        logger.warning(f"{finding} whole run may need {tqdm.format_sizeof(disk['whole_run'])}B.")
 
 
 @torch.no_grad()

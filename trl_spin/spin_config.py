@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import copy
 import json
 import math
 import re
@@ -22,7 +23,9 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import DPOConfig
 
 from .compat import rename_checkpointing_options
@@ -82,6 +85,11 @@ def _as_type(value: Any, hint: Any) -> Any:
     raise ValueError(f"this is `{type(value).__name__}`")
 
 
+def _supports_bf16() -> bool:
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return native or is_torch_xla_available() or (is_torch_bf16_gpu_available() and not torch.cuda.is_available())
+
+
 def help_from_docstring(cls: type) -> type:
     """Takes the command line's help for an option from its entry in the docstring, so that it is written once."""
     for name, text in re.findall(r"^ {8}(\w+) \(.*?\):\n((?: {12}.*\n|\n)+)", cls.__doc__, re.M):
@@ -117,9 +125,10 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         num_train_epochs (`list[float]`, *optional*, defaults to `[2]`):
             Passes over the prompts per iteration, a whole number. A list gives one value per iteration; its last value
             is used for all further iterations.
-        learning_rate (`list[float]`, *optional*, defaults to `[5e-7]`):
+        learning_rate (`list[float]`, *optional*):
             Peak learning rate of an iteration. A list gives one value per iteration; its last value is used for all
-            further iterations. The schedule, warm-up included, restarts at each iteration.
+            further iterations. The schedule, warm-up included, restarts at each iteration. Defaults to `5e-7`, and to
+            `1e-5` where an adapter is trained, which such small steps would leave as it is.
         beta (`list[float]`, *optional*, defaults to `[1.0]`):
             λ of the SPIN paper (Equation 4.7). Higher λ means a smaller step away from the opponent: trained to its
             end, an iteration lands on the data at `1.0`, and overshoots below `0.5`. A list gives one value per
@@ -176,6 +185,11 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         first_turn_only (`bool`, *optional*, defaults to `False`):
             Whether to cut conversations after their first assistant turn, as the paper does. Otherwise the last
             assistant turn is the real completion and everything before it is the prompt.
+        apply_chat_template (`bool`, *optional*, defaults to `False`):
+            Whether to make conversations of rows of text: the prompt becomes a user turn and the completion an
+            assistant turn, for models that were fine-tuned with a chat template.
+        system_prompt (`str`, *optional*):
+            System turn to put before conversations that have none.
         max_prompts (`int`, *optional*):
             If set, play on a random subset of this many training rows, drawn with `seed`.
         held_out_size (`int`, *optional*, defaults to `0`):
@@ -224,6 +238,9 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
 
         > Parameters whose default values are overridden from DPOConfig
 
+        bf16 (`bool`, *optional*):
+            Whether to train in bfloat16 mixed precision. By default, unless `fp16` is set or the device does not
+            support it (a GPU from before Ampere, a machine without one that is not told to `use_cpu`).
         precompute_ref_log_probs (`bool`, *optional*, defaults to `True`):
             Always `True`: SPIN scores the reference once per iteration, with the policy itself.
         gradient_checkpointing (`bool`, *optional*):
@@ -239,8 +256,9 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             Number of newest checkpoints to keep, beside the one at which the current iteration began. `0` keeps all.
 
     > [!NOTE]
-    > These parameters have default values different from [`~trl.DPOConfig`]: `learning_rate` (5e-7 instead of 1e-6),
-    > `num_train_epochs` (2 per iteration instead of 3), `beta` (1.0 instead of 0.1), and the last five above.
+    > These parameters have default values different from [`~trl.DPOConfig`]: `learning_rate` (5e-7, or 1e-5 for an
+    > adapter, instead of 1e-6), `num_train_epochs` (2 per iteration instead of 3), `beta` (1.0 instead of 0.1), and the
+    > last six above.
     """
 
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + [
@@ -249,7 +267,8 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     ]
 
     # Parameters whose default values are overridden from DPOConfig
-    learning_rate: list[float] = field(default_factory=lambda: [5e-7])
+    learning_rate: list[float] | None = None
+    bf16: bool | None = None
     num_train_epochs: list[float] = field(default_factory=lambda: [2])
     beta: list[float] = field(default_factory=lambda: [1.0])
     precompute_ref_log_probs: bool = True
@@ -279,6 +298,8 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     prompt_column: str | None = None
     completion_column: str | None = None
     first_turn_only: bool = False
+    apply_chat_template: bool = False
+    system_prompt: str | None = None
     max_prompts: int | None = None
     held_out_size: int = 0
     chat_template_kwargs: dict[str, Any] | str | None = None
@@ -298,6 +319,8 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         self._check_values()
         for name in PER_ITERATION:
             values = getattr(self, name)
+            if values is None:  # the learning rate, see `with_learning_rate`
+                continue
             if len(values) > self.num_self_play_iterations:
                 what = f"`{name}={values}` has {len(values)} values, but `num_self_play_iterations` is"
                 warnings.warn(f"{what} {self.num_self_play_iterations}: the rest is unused.", stacklevel=3)
@@ -306,8 +329,13 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         if self.dry_run:
             self.report_to = "none"
 
-        # The parent class fills a DeepSpeed config with the learning rate, which must be a number there.
-        learning_rate, self.learning_rate = self.learning_rate, self.per_iteration("learning_rate")[0]
+        if self.bf16 is None and not (self.fp16 or self.use_cpu or _supports_bf16()):
+            self.bf16 = False
+            warnings.warn("`bf16` is off: this machine has no device that supports it.", stacklevel=3)
+
+        # The parent class fills a DeepSpeed config with the learning rate, which must be a number there, or "auto"
+        rate = "auto" if self.learning_rate is None else self.per_iteration("learning_rate")[0]
+        learning_rate, self.learning_rate = self.learning_rate, rate
         rename_checkpointing_options(self)
         undecided = getattr(self, "activation_checkpointing", self.gradient_checkpointing) is None
         super().__post_init__()
@@ -353,6 +381,16 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
                 if bounded and not all(map(holds, numbers)):
                     raise ValueError(f"`{name}` must be {words}, got {value}.")
         self.num_train_epochs = [int(v) for v in self.num_train_epochs]
+
+    def with_learning_rate(self, adapter: bool) -> "SPINConfig":
+        """These options, with a learning rate if none is set: an adapter needs larger steps than a whole model."""
+        if self.learning_rate is not None:
+            return self
+        args = copy.copy(self)  # they may be used for another trainer
+        args.learning_rate = 1e-5 if adapter else 5e-7
+        if args.deepspeed:
+            args.hf_deepspeed_config.trainer_config_process(args)
+        return args
 
     def per_iteration(self, name: str) -> list[float]:
         """

@@ -173,6 +173,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             args = SPINConfig(f"{model_id.split('/')[-1]}-SPIN")
         elif not isinstance(args, SPINConfig):
             raise TypeError(f"`args` must be a `SPINConfig`, got {type(args).__name__}.")
+        args = args.with_learning_rate(adapter=peft_config is not None or isinstance(model, PeftModel))
         if optimizers[1] is not None and isinstance(args.learning_rate, list):
             what = f"`learning_rate={args.learning_rate}` sets a peak per iteration"
             raise ValueError(
@@ -250,6 +251,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         """Equation 4.7, and its family: DPOTrainer's losses, then those of self-play, of the same log-ratios."""
+        if "ref_chosen_logps" not in inputs:
+            raise ValueError("The game has not started: the opponent completes the prompts. Call `train()` first.")
         mode = "train" if self.model.training else "eval"
         beta, sft_weight = (self.args.per_iteration(name)[self.game.iteration] for name in ("beta", "sft_weight"))
         trl_losses = self.losses.trl + ([("sft", sft_weight)] if sft_weight else [])
