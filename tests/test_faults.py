@@ -30,10 +30,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from trl_spin import SelfPlayCallback
+from trl_spin import SelfPlayCallback, SPINTrainer
 from trl_spin.memory import MemoryPlan
 from trl_spin.preflight import PreflightCallback
-from trl_spin.run.files import game_dir
+from trl_spin.run.files import game_dir, read_json, write_json
 from trl_spin.run.games import load_game, read_manifest
 
 
@@ -83,20 +83,75 @@ def resume(output_dir, resume_from_checkpoint=True, **kwargs):
 # ---- Checkpoints ----
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
-def test_a_checkpoint_that_lacks_a_file_is_skipped_and_named(run, caplog, file):
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def zero_the_end(path):
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    os.truncate(path, size)
+
+
+def copy_of_iteration_0(path):
+    shutil.copy(str(path).replace("iteration-1", "iteration-0"), path)
+
+
+# A damaged file of a stopped run, and what is said of it. All go on to the right end, from an earlier checkpoint if
+# need be
+DAMAGES = [
+    ("checkpoint-8/optimizer.pt", Path.unlink, "is missing"),
+    ("checkpoint-8/optimizer.pt", zero_the_end, "is damaged"),
+    ("checkpoint-8/scheduler.pt", Path.unlink, "is missing"),
+    ("checkpoint-8/rng_state.pth", flip_a_byte, "is damaged"),
+    ("checkpoint-8/trainer_state.json", Path.unlink, "is missing"),
+    ("checkpoint-8/model.safetensors", zero_the_end, "is damaged"),
+    ("checkpoint-8/config.json", flip_a_byte, "is damaged"),
+    ("checkpoint-8/manifest.json", flip_a_byte, ""),
+    ("self_play/iteration-1/manifest.json", zero_the_end, "cannot be read"),
+    ("self_play/iteration-1/manifest.json", lambda path: path.write_text("{}"), "is damaged"),
+    ("self_play/iteration-1/manifest.json", copy_of_iteration_0, "belongs to another iteration (0 instead of 1)"),
+    ("self_play/iteration-1/probes.json", lambda path: path.write_text("[1]"), "is damaged"),
+    ("iteration-0/self_play.json", flip_a_byte, ""),
+    ("iteration-0/self_play.json", Path.unlink, "is missing"),
+    ("self_play/iteration-0/manifest.json", Path.unlink, "is missing"),
+]
+
+
+@pytest.mark.parametrize("file, damage, message", DAMAGES, ids=lambda value: str(value)[-24:])
+def test_a_damaged_file_is_named_and_never_used(run, caplog, file, damage, message):
     output_dir, expected = run
-    (output_dir / "checkpoint-8" / file).unlink()
-    trainer = resume(output_dir)
-    assert "checkpoint-8" in caplog.text and f"{file} is missing" in caplog.text
-    assert_same_weights(trainer, expected)
+    damage(output_dir / file)
+    assert_same_weights(resume(output_dir), expected)
+    assert f"{output_dir / file} {message}" in caplog.text
+
+
+def test_settings_that_cannot_be_read_stop_the_run(run):
+    zero_the_end(run[0] / "self_play" / "run.json")
+    with pytest.raises(ValueError, match="self_play/run.json cannot be read: .*Restore it"):
+        resume(run[0])
+
+
+def test_files_of_another_run_are_refused(run, tmp_path, caplog):
+    output_dir, expected = run
+    make_trainer(tmp_path / "other", callbacks=[Stop(8)], **GAME | {"seed": 1, "save_total_limit": 0}).train()
+    with pytest.raises(ValueError, match="checkpoint-8/manifest.json belongs to another run"):
+        resume(output_dir, str(tmp_path / "other" / "checkpoint-8"))
+    shutil.rmtree(game_dir(output_dir, 1))
+    shutil.copytree(game_dir(tmp_path / "other", 1), game_dir(output_dir, 1))
+    with pytest.raises(ValueError, match="manifest.json belongs to another run"):  # as an earlier opponent's game
+        load_game(str(output_dir), 1, read_json(output_dir / "self_play" / "run.json")["run"])
+    assert_same_weights(resume(output_dir), expected)
+    assert "iteration-1/manifest.json belongs to another run" in caplog.text
 
 
 def test_a_given_checkpoint_is_used_or_refused(run):
     output_dir, expected = run
     assert_same_weights(resume(output_dir, str(output_dir / "checkpoint-4")), expected)
     (output_dir / "checkpoint-6" / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match="checkpoint-6: optimizer.pt is missing"):
+    with pytest.raises(ValueError, match="checkpoint-6/optimizer.pt is missing"):
         resume(output_dir, str(output_dir / "checkpoint-6"))
 
 
@@ -104,7 +159,7 @@ def test_without_a_usable_checkpoint_a_run_starts_over_only_if_no_iteration_is_l
     output_dir, expected = run
     for step in (4, 6, 8):
         (output_dir / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match=r"(?s)checkpoint-8: trainer_state.json is missing.*finished iteration"):
+    with pytest.raises(ValueError, match=r"(?s)checkpoint-8/trainer_state.json is missing.*finished iteration"):
         resume(output_dir)
     shutil.rmtree(output_dir / "iteration-0")
     assert_same_weights(resume(output_dir), expected)
@@ -113,7 +168,7 @@ def test_without_a_usable_checkpoint_a_run_starts_over_only_if_no_iteration_is_l
 
 def test_model_only_checkpoints_are_complete_if_asked_for(tmp_path):
     make_trainer(tmp_path, callbacks=[Stop(7)], save_only_model=True, **GAME).train()
-    with pytest.raises(ValueError, match="checkpoint-6: rng_state.pth is missing"):
+    with pytest.raises(ValueError, match="checkpoint-6 holds the model alone"):
         resume(tmp_path)
     assert resume(tmp_path, save_only_model=True).state.global_step == 12
 
@@ -145,12 +200,6 @@ def test_the_best_checkpoint_is_kept_under_its_own_name(tmp_path):
 
 
 # ---- The artefact ----
-
-
-def flip_a_byte(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def test_a_damaged_game_is_named_and_made_again(run, caplog):
@@ -196,17 +245,15 @@ def test_the_manifest_says_what_the_game_depends_on(stopped):
     manifest = read_manifest(output_dir, 1)
     assert manifest["opponent"]["model"] == "iteration-0"
     assert manifest["opponent"]["fingerprint"] != read_manifest(output_dir, 0)["opponent"]["fingerprint"]
-    assert {"schema_version", "seed", "sampling", "data", "chat_template", "versions", "metrics"} <= manifest.keys()
+    assert {"run", "seed", "sampling", "data", "chat_template", "versions", "metrics"} <= manifest.keys()
     assert [(s["dataset"], s["rows"]) for s in manifest["shards"]] == [("train", 12)]
     assert not list(output_dir.rglob("self_play/**/*.p*kl")) and not list(output_dir.rglob("self_play/**/*.pt"))
 
 
-def test_a_game_of_another_schema_is_refused(run):
-    output_dir, _ = run
-    path = game_dir(output_dir, 1) / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    with pytest.raises(ValueError, match="schema version 99"):
-        resume(output_dir)
+def test_a_run_of_another_schema_is_refused(run, monkeypatch):
+    monkeypatch.setattr("trl_spin.run.files.SCHEMA_VERSION", 99)
+    with pytest.raises(ValueError, match="run.json has the schema version 3, this trl-spin reads 99"):
+        resume(run[0])
 
 
 # ---- The contract ----
@@ -228,6 +275,8 @@ def test_a_game_of_another_schema_is_refused(run):
         ({"dataset": make_dataset(13)}, "`data` was .*12 rows.*13 rows"),
         ({"dataset": make_dataset(12).select(range(11, -1, -1))}, "`data` was"),
         ({"model": make_model(make_tokenizer(), seed=1)}, "`model` was"),
+        ({"model": make_model(make_tokenizer(), hidden_act="gelu")}, "`model.hidden_act` was 'silu' and is 'gelu'"),
+        ({"model": make_model(make_tokenizer(), rms_norm_eps=1e-5)}, "`model.rms_norm_eps` was 1e-06 and is 1e-05"),
         ({"tokenizer": make_tokenizer("{# new #}" + make_tokenizer().chat_template)}, "`chat_template` was"),
     ],
     ids=lambda value: str(value)[:30],
@@ -274,7 +323,7 @@ def test_folders_of_earlier_iterations_may_be_deleted(run):
 
 def test_other_library_versions_are_a_warning(run, caplog):
     path = run[0] / "self_play" / "run.json"
-    path.write_text(path.read_text().replace('"trl": "', '"trl": "0.'))
+    write_json(path, json.loads(json.dumps(read_json(path)).replace('"trl": "', '"trl": "0.')))
     assert_same_weights(resume(run[0]), run[1])
     assert "started with trl 0." in caplog.text
 
@@ -360,6 +409,19 @@ def test_out_of_memory_names_the_option(tmp_path, monkeypatch, function, option)
     with pytest.raises(torch.OutOfMemoryError, match=f"(?s)Out of memory in .*`{option}.*2.00 GiB") as error:
         make_trainer(tmp_path).train()
     assert str(error.value).count("Out of memory in") == 1
+
+
+def test_the_remedy_of_a_full_memory_works(tmp_path, stopped, monkeypatch):
+    def out_of_memory(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return training_step(self, *args, **kwargs)
+
+    training_step = SPINTrainer.training_step
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError, match="`gradient_checkpointing=True`"):
+        patch.setattr(SPINTrainer, "training_step", out_of_memory)
+        make_trainer(tmp_path, save_total_limit=0, **GAME | {"gradient_checkpointing": None}).train()
+    assert_same_weights(resume(tmp_path, gradient_checkpointing=True), stopped[1])
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_signals_are_shown(finished, tmp_path, no_figures):
             {"row": row, "prompt": f"prompt {row}", "real": "real", "generated": f"by {t}, {row}"} for row in (4, 2)
         ]
         (output_dir / f"self_play/iteration-{t}").mkdir(exist_ok=True)
-        (output_dir / f"self_play/iteration-{t}/probes.json").write_text(json.dumps(probes))
+        (output_dir / f"self_play/iteration-{t}/probes.json").write_text(json.dumps({"probes": probes}))
     more = {
         "eval_rewards/accuracies_low": 0.123,
         "eval_rewards/accuracies_high": 0.987,
@@ -261,7 +261,7 @@ def test_model_output_is_text(finished, tmp_path, no_figures):
     output_dir = tmp_path / "<b>run<x>"
     shutil.copytree(finished, output_dir)
     probe = {"row": 0, "prompt": f"P{evil}", "real": f"R{evil}", "generated": f"G{evil}\ud800\x00\x1b[31m\u202eשלום"}
-    (output_dir / "self_play/iteration-0/probes.json").write_text(json.dumps([probe]))
+    (output_dir / "self_play/iteration-0/probes.json").write_text(json.dumps({"probes": [probe]}))
     change_json(
         output_dir / "iteration-0/self_play.json", lambda c: c.update(verdict=f"V{evil}", warnings=[f"W{evil}"])
     )
@@ -300,6 +300,7 @@ def test_a_run_that_stopped_in_the_middle(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-10])
     page = Page(write_report(tmp_path))
     assert "There are no curves" in page.text and f"{shard.relative_to(tmp_path)} is damaged" in page.text
+    assert str(tmp_path) not in page.text
     assert {i.number: list(i.completions) for i in read_run(tmp_path).iterations} == {0: ["train"], 1: []}
 
 

@@ -18,7 +18,6 @@ import ast
 import inspect
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import trl.trainer.utils
 from bitsandbytes.nn import Linear4bit
 from conftest import make_args, make_dataset, make_model, make_tokenizer, make_trainer
 from huggingface_hub import HfApi, RepoUrl
+from peft import LoraConfig
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, ModelConfig, ScriptArguments
@@ -61,7 +61,7 @@ OTHER_DEFAULTS = {
 OVERRIDES = {
     SPINTrainer: """
         _build_accelerator_args _compute_loss _get_output_dir _init_training_state _precompute_ref_logps
-        _prepare_dataset _save_checkpoint _set_signature_columns_if_needed compute_ref_log_probs create_model_card
+        _prepare_dataset _save _save_checkpoint _set_signature_columns_if_needed compute_ref_log_probs create_model_card
         create_scheduler evaluate get_optimizer_cls_and_kwargs log push_to_hub set_initial_training_values train
     """.split(),
     SharedPrefixDPOTrainer: """
@@ -249,24 +249,38 @@ def test_the_model_is_not_hashed(tmp_path, monkeypatch):
 # ---- Model card and Hub ----
 
 
-def test_a_push_to_the_hub_holds_the_model_and_no_data(tmp_path, monkeypatch):
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4)], ids=["full", "lora"])
+def test_a_push_to_the_hub_holds_the_model_and_neither_data_nor_secrets(tmp_path, monkeypatch, peft_config):
     pushed = {}
     monkeypatch.setattr(
         HfApi, "create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"https://huggingface.co/{repo_id}")
     )
-    monkeypatch.setattr(
-        HfApi,
-        "upload_folder",
-        lambda self, repo_id, folder_path, **kwargs: pushed.update({repo_id: set(os.listdir(folder_path))}),
-    )
+
+    def upload_folder(self, repo_id, folder_path, **kwargs):
+        paths = [path for path in Path(folder_path).rglob("*") if path.is_file()]
+        pushed[repo_id] = {str(path.relative_to(folder_path)): path.read_bytes() for path in paths}
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     tokenizer = make_tokenizer()
-    args = make_args(tmp_path / "run", push_to_hub=True, hub_model_id="user/model")
-    trainer = SPINTrainer(make_model(tokenizer), args=args, train_dataset=make_dataset(), processing_class=tokenizer)
+    make_model(tokenizer).save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    options = {"push_to_hub": True, "hub_model_id": "user/model", "hub_token": "hf_SECRET", "save_strategy": "epoch"}
+    options |= {"model_init_kwargs": {"token": "hf_SECRET"}, "write_report": True, "report_to": "none"}
+    args = make_args(tmp_path / "run", **options)
+    path = str(tmp_path / "sft")
+    trainer = SPINTrainer(path, args=args, train_dataset=make_dataset(), peft_config=peft_config)
     trainer.train()
     trainer.push_to_hub(dataset_name="user/data")
-    assert {"model.safetensors", "README.md", "tokenizer.json"} <= pushed["user/model"]
-    assert not {"self_play", "iteration-0"} & pushed["user/model"]
-    assert "→ iteration 1" in (tmp_path / "run" / "hub" / "README.md").read_text()
+    files = pushed["user/model"]
+    assert {"adapter_model.safetensors" if peft_config else "model.safetensors", "tokenizer.json"} <= files.keys()
+    assert not {"self_play", "iteration-0"} & {name.split("/")[0] for name in files}
+    assert b"\xe2\x86\x92 iteration 1" in files["README.md"]
+    report = tmp_path / "run" / "report" / "report.html"
+    for name, content in (files | {"report.html": report.read_bytes()}).items():
+        assert str(tmp_path).encode() not in content, name
+    for kept in tmp_path.rglob("*"):
+        assert kept.is_dir() or b"hf_SECRET" not in kept.read_bytes(), kept
+    assert "hf_SECRET" not in str(trainer.args.to_dict())
     assert trainer.args.output_dir == str(tmp_path / "run")
     with pytest.raises(ValueError, match="hub_strategy.*your data"):
         make_args(tmp_path, hub_strategy="every_save")
@@ -285,7 +299,7 @@ def test_model_card(tmp_path):
     )
     trainer.train()
     cards = [(tmp_path / "run" / f"iteration-{t}" / "README.md").read_text() for t in range(2)]
-    path = re.escape(str(tmp_path / "sft"))
+    path = "sft"
     number = r"-?[\d.e-]+%?"
     pattern = rf"""---
 library_name: transformers

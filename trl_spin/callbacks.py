@@ -68,7 +68,7 @@ class SelfPlayCallback(TrainerCallback):
                 self.store(request, pairs)
             self.swap(iteration, pairs.datasets, at_start=True)
         elif not self.game.started:  # resumed in the middle of an iteration
-            pairs = self.processes.on_main(load_game, args.output_dir, iteration)
+            pairs = self.processes.on_main(load_game, args.output_dir, iteration, self.game.settings["run"])
             self.swap(iteration, pairs, at_start=False)
         elif step != 0:
             fault = f"An epoch ended at step {state.global_step}, but iterations are made of whole epochs"
@@ -98,7 +98,7 @@ class SelfPlayCallback(TrainerCallback):
         seconds = time.perf_counter() - start
         check_played(pairs["train"], self.game.rules, request.iteration)
         for opponent in opponents(request.iteration, args.opponent_history)[1:]:
-            earlier = self.processes.on_main(load_game, args.output_dir, opponent)["train"]
+            earlier = self.processes.on_main(load_game, args.output_dir, opponent, request.settings["run"])["train"]
             # The first of its opponents is the one of that iteration
             earlier = earlier.select(range(len(self.game.train)))
             pairs["train"] = concatenate_datasets([pairs["train"], earlier])

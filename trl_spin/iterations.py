@@ -31,7 +31,8 @@ from .measures import last_logs
 from .pairs import Game
 from .report.signals import judge
 from .report.tables import iteration_rows
-from .run.files import RECORD, RECORDED_OPTIONS, explain_write_error, model_dir, write_json
+from .run.checkpoints import keep_model
+from .run.files import MANIFEST, RECORD, RECORDED_OPTIONS, find_fault, game_dir, model_dir, write_json
 from .run.games import read_manifest, read_models, remove_completions
 from .run.logs import logger
 from .run.processes import Processes
@@ -94,9 +95,13 @@ class BestMetric:
             raise ValueError(f"{what}. There are {measured}.")
 
     def values(self, last: int) -> dict[int, float]:
-        """The numbers up to an iteration, where they were measured and their folders still exist."""
-        models = read_models(self.output_dir, last)
-        return {model["iteration"]: model[self.name] for model in models if self.name in model}
+        """The numbers up to an iteration, where they were measured and their files still exist."""
+        models = {model["iteration"]: model for model in read_models(self.output_dir, last)}
+        for t in range(-1, last + 1):
+            if len(models.get(t, ())) < 2:  # there is no number in it
+                path = model_dir(self.output_dir, t) / RECORD if t >= 0 else game_dir(self.output_dir, 0) / MANIFEST
+                logger.warning(f"{path} is missing or damaged: the model that it measures is not compared.")
+        return {iteration: model[self.name] for iteration, model in models.items() if self.name in model}
 
     def judge(self, iteration: int, logs: dict[str, float]) -> tuple[bool, str | None]:
         """Whether an iteration that has ended is no worse than what it began with, and the verdict in words."""
@@ -147,14 +152,19 @@ class BestIterationCallback(TrainerCallback):
             logger.warning(f"The game ends after iteration {iteration}: {reason}.")
         return reason is not None
 
-    def on_train_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if args.load_best_iteration_at_end and state.global_step == 0:
-            if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
-                raise ValueError(
-                    "`load_best_iteration_at_end` loads weights in place, which DeepSpeed and FSDP forbid: unset it."
-                )
-            with explain_write_error(args.output_dir):
-                self.trainer.save_model(str(model_dir(args.output_dir, -1)))
+    def fault_of(self, iteration: int) -> str | None:
+        """What is wrong with the model that an iteration of this run made, see [`~run.files.find_fault`]."""
+        path, run = model_dir(self.trainer.args.output_dir, iteration), self.game.settings["run"]
+        return self.processes.on_main(lambda: find_fault(path, run=run, iteration=iteration))
+
+    def keep_start(self):
+        """Keeps the model that self-play starts from, which may turn out to be the best one, before it is trained."""
+        if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
+            raise ValueError(
+                "`load_best_iteration_at_end` loads weights in place, which DeepSpeed and FSDP forbid: unset it."
+            )
+        if self.fault_of(-1):
+            keep_model(self.trainer, self.game, self.processes, -1)
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if state.global_step == 0 and (args.early_stopping or args.load_best_iteration_at_end):
@@ -170,6 +180,9 @@ class BestIterationCallback(TrainerCallback):
             return
         best = self.processes.on_main(self.best_metric.find_best, last)
         if args.load_best_iteration_at_end and best is not None:
+            if fault := self.fault_of(best):
+                remedy = "Restore it, or resume without `load_best_iteration_at_end`."
+                raise ValueError(f"The best model, iteration {best}'s, cannot be loaded: {fault}. {remedy}")
             self.trainer._load_from_checkpoint(str(model_dir(args.output_dir, best)))
             self.trainer.log({"self_play/best_iteration": best})
 
@@ -240,19 +253,18 @@ class IterationCallback(TrainerCallback):
         """Keeps the model that an iteration made, with its record and model card."""
         trainer, args = self.trainer, self.trainer.args
         check_finite_weights(trainer.model, trainer.state.global_step, iteration)
-        directory = model_dir(args.output_dir, iteration)
-        with explain_write_error(directory):
-            trainer.save_model(str(directory))
+        directory = keep_model(trainer, self.game, self.processes, iteration)
         self.processes.write(args.output_dir, self._describe, iteration, directory)
 
     def _describe(self, iteration: int, directory: Path):
         trainer, args = self.trainer, self.trainer.args
-        manifest = read_manifest(args.output_dir, iteration)
-        logs = last_logs(trainer.state.log_history, self.game.schedule.starts[iteration])
-        settings = {name: args.per_iteration(name)[iteration] for name in RECORDED_OPTIONS}
-        record = {"iteration": iteration, **manifest["metrics"], **logs, **settings}
-        verdict = {"verdict": self.best_metric.judge(iteration, logs)[1], "verdict_metric": self.best_metric.name}
-        write_json(directory / RECORD, record | {"warnings": manifest["warnings"], **verdict})
+        # Without its game, an iteration keeps the record that it has
+        if (manifest := read_manifest(args.output_dir, iteration)) is not None:
+            logs = last_logs(trainer.state.log_history, self.game.schedule.starts[iteration])
+            settings = {name: args.per_iteration(name)[iteration] for name in RECORDED_OPTIONS}
+            record = {"iteration": iteration, **manifest["metrics"], **logs, **settings}
+            judged = {"verdict": self.best_metric.judge(iteration, logs)[1], "verdict_metric": self.best_metric.name}
+            write_json(directory / RECORD, record | {"warnings": manifest["warnings"], **judged})
         name = args.hub_model_id or Path(args.output_dir).name
         trainer.create_model_card(model_name=f"{name.split('/')[-1]}-iteration-{iteration}")
         shutil.copy(Path(args.output_dir) / "README.md", directory / "README.md")

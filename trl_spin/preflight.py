@@ -94,7 +94,7 @@ class PreflightCallback(TrainerCallback):
             warn_of_lost_updates(trained, max(args.per_iteration("learning_rate")))
         if args.dry_run:
             raise DryRun
-        self.processes.write(args.output_dir, write_run, args.output_dir, self.settings(), memory.token_budget)
+        self.processes.write(args.output_dir, write_run, args, self.game, self.settings(), memory.token_budget)
 
     def run_trial(self, args: SPINConfig) -> tuple[MemoryPlan, dict[str, Any], tuple[float, float]]:
         """

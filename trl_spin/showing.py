@@ -28,7 +28,7 @@ from .generation import row_seed
 from .pairs import Game
 from .report.signals import metric_prefix
 from .report.tables import log_line, show_table
-from .run.files import EXAMPLES, HISTORY, PROBES, atomic_open, game_dir, read_json, write_json
+from .run.files import EXAMPLES, HISTORY, PROBES, atomic_open, game_dir, read_intact, write_json
 from .run.logs import logger
 from .run.processes import Processes
 from .spin_config import SPINConfig
@@ -106,7 +106,7 @@ class ProbeCallback(TrainerCallback):
     def probe(self, args: SPINConfig, iteration: int):
         """Probes the model that an iteration begins with."""
         path = game_dir(args.output_dir, iteration) / PROBES
-        if args.num_probes and not self.processes.on_main(path.is_file):
+        if args.num_probes and not self.processes.on_main(read_intact, path, "The prompts are probed again."):
             dataset = self.game.watched
             rows = dataset.rows.select(range(min(args.num_probes, len(dataset))))
             seeds = [row_seed(args.seed, -1, f"{dataset.name} probes", row) for row in rows["row"][:]]
@@ -117,7 +117,7 @@ class ProbeCallback(TrainerCallback):
             probes["prompt"] = [_last_turn(read_prompt(data[row])) for row in rows["row"][:]]
             ids = rows["real_ids"], [completion["generated_ids"] for completion in completions]
             probes["real"], probes["generated"] = map(self.game.rules.decode, ids)
-            self.processes.write(args.output_dir, write_json, path, probes.to_dict("records"))
+            self.processes.write(args.output_dir, write_json, path, {"probes": probes.to_dict("records")})
         if self.trainer.is_world_process_zero():
             self._show(args, iteration)
 
@@ -129,8 +129,8 @@ class ProbeCallback(TrainerCallback):
         if not args.num_probes:
             return
         models = {"start": 0} | {f"iteration {t}": t + 1 for t in range(iteration)}
-        probes = {model: read_json(game_dir(args.output_dir, t) / PROBES) for model, t in models.items()}
-        probes = {model: {probe["row"]: probe for probe in found} for model, found in probes.items() if found}
+        probes = {m: read_intact(game_dir(args.output_dir, t) / PROBES, "Not shown.") for m, t in models.items()}
+        probes = {model: {p["row"]: p for p in found["probes"]} for model, found in probes.items() if found}
         for row, newest in list(probes.values())[-1].items():
             shown, before = [["prompt", _shorten(newest["prompt"])], ["real", _shorten(newest["real"])]], None
             for model, probe in ((model, by_row[row]) for model, by_row in probes.items() if row in by_row):

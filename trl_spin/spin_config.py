@@ -51,6 +51,8 @@ _FIXED_OPTIONS = {
     "hub_strategy": (HubStrategy.END, "a push at each checkpoint would upload the games, and with them your data"),
     "load_best_model_at_end": (False, "losses of different games do not compare (see `load_best_iteration_at_end`)"),
 }
+# Keys of nested options that are nobody else's business
+_SECRET = re.compile("(token|key|secret|password)$", re.IGNORECASE)
 # What the numbers of options must be, and the options (none: all of them)
 _BOUNDS = (
     ("finite", lambda v: abs(v) < math.inf, ""),
@@ -391,6 +393,14 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         if args.deepspeed:
             args.hf_deepspeed_config.trainer_config_process(args)
         return args
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without secrets: this is what trackers, and the files of a run, are given."""
+        options = super().to_dict()
+        for name, value in options.items():
+            if isinstance(value, dict):  # which is compared on resume as if they had not been given
+                options[name] = {key: v for key, v in value.items() if not _SECRET.search(key)} or None
+        return options
 
     def per_iteration(self, name: str) -> list[float]:
         """

@@ -37,6 +37,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
@@ -67,6 +68,8 @@ _OUT_OF_MEMORY = (
     "`gradient_checkpointing=True` needs less and changes no result, so the run can be resumed with it. A smaller "
     "`per_device_train_batch_size` with more `gradient_accumulation_steps`, or a lower `max_length`, needs a new run."
 )
+# What names a model, or says how it is stored and run: its fingerprint tells precisions apart
+_FREE_OF_MODEL = "_name_or_path architectures auto_map dtype transformers_version unsloth_version use_cache".split()
 _CARD_SETTINGS = """
     loss_type sft_weight opponent_history optim per_device_train_batch_size gradient_accumulation_steps max_length
     max_completion_length temperature top_p truncated_completions seed
@@ -386,7 +389,9 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         try:
             with run_lock(self.processes, args.output_dir), explain_out_of_memory("training", _OUT_OF_MEMORY), stop:
                 settings, resume = self._settings(), resume_from_checkpoint or False
-                checkpoint = self.processes.on_main(open_run, args, settings, resume, self.accelerator.num_processes)
+                self.game.settings["run"], checkpoint = self.processes.on_main(open_run, args, settings, resume)
+                if args.load_best_iteration_at_end and not args.dry_run:
+                    self.best_iteration.keep_start()
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
                 if stop.signum:
                     raise StopRequested(stop.signum)
@@ -414,6 +419,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             "objective": self.objective and _describe(self.objective),
             "num_processes": self.accelerator.num_processes,
         }
+        config = self.model.config.to_dict()
+        more |= {f"model.{name}": value for name, value in config.items() if name not in _FREE_OF_MODEL}
         return run_settings(self.args, self.game, more)
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
@@ -431,7 +438,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         losses, sums = self.accelerator.gather(self._tr_loss[None]).tolist(), {n: getattr(self, n) for n in _SUMS}
         counters = {"sums": sums, "losses": losses, "metrics": dict(self._metrics["train"])}
         self.state.stateful_callbacks["counters"] = counters
-        with self.checkpoints.saving(self.args, self.state, self.game.schedule):
+        with self.checkpoints.saving(self.args, self.state, self.game):
             super()._save_checkpoint(model, trial)
 
     def _build_accelerator_args(self, **kwargs):
@@ -472,6 +479,11 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
     # ---- Model card and Hub ----
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None):
+        super()._save(output_dir, state_dict)
+        # Nothing reads it, and it holds `hub_token` and paths of this machine
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
     def push_to_hub(self, *args, **kwargs):
         """
         Pushes the model as [`~transformers.Trainer.push_to_hub`] does, from a folder of its own: the output directory
@@ -479,7 +491,10 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         """
         if self.hub_model_id is None:  # the repository is called after the output directory
             self.init_hf_repo(token=kwargs.get("token"), private=kwargs.get("private"))
-        with replaced(self.args, "output_dir", str(Path(self.args.output_dir) / "hub")):
+        adapter = getattr(self.model, "peft_config", {}).get("default", PeftConfig())
+        base_model = adapter.base_model_name_or_path and public_name(adapter.base_model_name_or_path)
+        hub = str(Path(self.args.output_dir) / "hub")
+        with replaced(self.args, "output_dir", hub), replaced(adapter, "base_model_name_or_path", base_model):
             return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):

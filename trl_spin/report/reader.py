@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,20 @@ import numpy as np
 import pandas
 from pyarrow import Table, compute
 
-from ..run.files import EXAMPLES, HISTORY, PROBES, RECORD, RECORDED_OPTIONS, SETTINGS, game_dir, model_dir, read_json
-from ..run.games import load_game, read_manifest
+from ..run.files import (
+    EXAMPLES,
+    HISTORY,
+    MANIFEST,
+    PROBES,
+    RECORD,
+    RECORDED_OPTIONS,
+    SETTINGS,
+    game_dir,
+    load_json,
+    model_dir,
+)
+from ..run.games import load_game
+from .card import public_name
 from .signals import metric_prefix
 
 
@@ -119,13 +130,13 @@ def read_run(output_dir: str | Path) -> Run:
     if not (directory / SETTINGS).is_file():
         missing = f"{run.output_dir} holds no run: {directory / SETTINGS} does not exist."
         raise FileNotFoundError(f"{missing} Give the `output_dir` of a run that has begun.")
-    content = _attempt(run, {}, read_json, directory / SETTINGS)
+    content = _attempt(run, {}, load_json, directory / SETTINGS)
     run.settings, run.versions = content.get("settings", {}), content.get("versions", {})
     for number in _numbers(directory.glob("iteration-*")):
         _read_iteration(run, number)
-    log_history = _attempt(run, [], read_json, directory / HISTORY)
+    log_history = _attempt(run, [], load_json, directory / HISTORY)
     for number in _numbers(run.output_dir.glob("checkpoint-*")) if not log_history else ():
-        state = _attempt(run, {}, read_json, run.output_dir / f"checkpoint-{number}" / "trainer_state.json")
+        state = _attempt(run, {}, load_json, run.output_dir / f"checkpoint-{number}" / "trainer_state.json")
         log_history = state.get("log_history") or log_history
     # The last entry sums up the whole training
     if log_history := [logs for logs in log_history if "step" in logs and "train_runtime" not in logs]:
@@ -144,16 +155,17 @@ def read_run(output_dir: str | Path) -> Run:
 
 def _read_iteration(run: Run, number: int):
     directory = game_dir(run.output_dir, number)
-    manifest = _attempt(run, None, read_manifest, str(run.output_dir), number)
+    manifest = _attempt(run, None, load_json, directory / MANIFEST)
     # The last model's probes stand in the folder of an iteration that is not played
-    for probe in _attempt(run, [], read_json, directory / PROBES):
+    for probe in _attempt(run, {}, load_json, directory / PROBES).get("probes", ()):
         run.probes.setdefault(probe["row"], probe | {"by_model": {}})["by_model"][number] = probe
     if manifest is None:
         # What is there after the last iteration was written to measure its model
         if number < run.planned and any(directory.glob("completions-*")):
             run.notes.append(f"Iteration {number} has no pairs yet: its opponent has not completed all prompts.")
         return
-    record = _attempt(run, {}, read_json, model_dir(run.output_dir, number) / RECORD)
+    manifest["opponent"]["model"] = public_name(manifest["opponent"]["model"])
+    record = _attempt(run, {}, load_json, model_dir(run.output_dir, number) / RECORD)
     completions = {}
     for name, pairs in _attempt(run, {}, load_game, str(run.output_dir), number).items():
         table = pairs.data.table
@@ -161,7 +173,7 @@ def _read_iteration(run: Run, number: int):
         completions[name] = _measure(table.filter(compute.equal(table["opponent"], number)))
     planned = {key: run.settings[key][number] for key in RECORDED_OPTIONS if number < len(run.settings.get(key, []))}
     values = planned | manifest["metrics"] | record
-    examples = _attempt(run, {}, read_json, directory / EXAMPLES).get("examples", [])
+    examples = _attempt(run, {}, load_json, directory / EXAMPLES).get("examples", [])
     run.iterations.append(Iteration(number, manifest, record, values, completions, examples))
 
 
@@ -187,9 +199,6 @@ def _attempt(run: Run, default: Any, function: Callable, *args: Any) -> Any:
     # A damaged file costs the report the part that it holds, and no more
     try:
         return function(*args) or default
-    except JSONDecodeError as error:
-        note = f"{args[0]} cannot be read: {error}."
     except ValueError as error:
-        note = str(error)
-    run.notes.append(note.replace(f"{run.output_dir}/", ""))  # nobody else has that folder
+        run.notes.append(str(error).replace(f"{run.output_dir}/", ""))
     return default

@@ -20,13 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
 from ..compat import replaced
-from ..schedule import Schedule
+from ..pairs import Game
 from ..spin_config import SPINConfig
-from .files import explain_write_error
+from .files import explain_write_error, model_dir, seal, sync
+from .processes import Processes
 
 
 _STAGING = ".saving"
@@ -40,7 +41,7 @@ class Checkpoints:
         self.staging: str | None = None  # where the Trainer writes one at the moment
 
     @contextmanager
-    def saving(self, args: SPINConfig, state: TrainerState, schedule: Schedule):
+    def saving(self, args: SPINConfig, state: TrainerState, game: Game):
         """
         The Trainer writes its checkpoint under a temporary name in here. It gets its own name when it is complete and
         on disk, and older ones are removed.
@@ -56,22 +57,29 @@ class Checkpoints:
                     state.save_to_json(str(staged / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if args.should_save:
-                for path in staged.rglob("*"):
-                    if path.is_file():
-                        with open(path, "rb+") as file:
-                            os.fsync(file.fileno())
+                seal(staged, run=game.settings["run"])
                 if final.exists():  # of a run that went on from an earlier checkpoint
                     _remove(final)
                 os.replace(staged, final)
+                sync(final.parent)
                 shutil.rmtree(staged.parent)
         self.accelerator.wait_for_everyone()
         if args.should_save and args.save_total_limit:
             older = [path for path in sort_checkpoints(args.output_dir) if _step(path) <= state.global_step]
             # From where the iteration began, it can be played again should its game be damaged
-            start = max(first for first in schedule.starts if first <= state.global_step)
+            start = max(first for first in game.schedule.starts if first <= state.global_step)
             start = str(Path(args.output_dir) / f"checkpoint-{start}")
             for path in set(older) - {*older[-args.save_total_limit :], start, state.best_model_checkpoint}:
                 _remove(Path(path))
+
+
+def keep_model(trainer: Trainer, game: Game, processes: Processes, iteration: int) -> Path:
+    """Keeps the model that an iteration made, or the one that self-play starts from (-1). Returns the directory."""
+    directory = model_dir(trainer.args.output_dir, iteration)
+    with explain_write_error(directory):
+        trainer.save_model(str(directory))
+        processes.on_main(lambda: seal(directory, run=game.settings["run"], iteration=iteration))
+    return directory
 
 
 def _remove(checkpoint: Path):

@@ -30,11 +30,10 @@ import pyarrow.parquet
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from .files import MANIFEST, atomic_open, game_dir, read_json, read_records, write_json
+from .files import MANIFEST, atomic_open, checksums, find_fault, game_dir, read_intact, read_records, write_json
 from .logs import logger
 
 
-SCHEMA_VERSION = 2
 _SHARD_ROWS = 10_000
 
 
@@ -87,7 +86,7 @@ def read_rows(directory: Path, name: str) -> dict[int, dict[str, Any]]:
 
 
 def _read_shard(path: Path, checksum: str) -> list[dict[str, Any]]:
-    if _sha256(path) == checksum:
+    if checksums([path]) == [checksum]:
         return pyarrow.parquet.read_table(path).to_pylist()
     logger.warning(f"{path} is damaged: it does not match its checksum. Its rows are computed again.")
     return []
@@ -129,10 +128,8 @@ def store_game(output_dir: str, iteration: int, pairs: dict[str, Dataset], manif
             path = directory / f"{name}-{start // _SHARD_ROWS:05d}.parquet"
             with atomic_open(path) as file:
                 pyarrow.parquet.write_table(table, file)
-            shards.append({"dataset": name, "file": path.name, "rows": len(table), "sha256": _sha256(path)})
-    write_json(
-        directory / MANIFEST, {"schema_version": SCHEMA_VERSION, "iteration": iteration, **manifest, "shards": shards}
-    )
+            shards.append({"dataset": name, "file": path.name, "rows": len(table), "sha256": checksums([path])[0]})
+    write_json(directory / MANIFEST, {"iteration": iteration, **manifest, "shards": shards})
     remove_completions(output_dir, iteration)
 
 
@@ -143,12 +140,8 @@ def remove_completions(output_dir: str, iteration: int):
 
 
 def read_manifest(output_dir: str, iteration: int) -> dict[str, Any] | None:
-    """The manifest of an iteration's game; `None` if the game was not written to its end."""
-    path = game_dir(output_dir, iteration) / MANIFEST
-    manifest = read_json(path)
-    if manifest is not None:
-        check_schema(path, manifest)
-    return manifest
+    """The manifest of an iteration's game; `None` if the game was not written to its end, or it is damaged."""
+    return read_intact(game_dir(output_dir, iteration) / MANIFEST, "Until then, its game does not exist.")
 
 
 def read_models(output_dir: str, last: int) -> list[dict[str, Any]]:
@@ -165,35 +158,15 @@ def read_models(output_dir: str, last: int) -> list[dict[str, Any]]:
     return models
 
 
-def check_schema(path: Path, content: dict[str, Any]):
-    """Refuses files of another version of the package."""
-    if content["schema_version"] != SCHEMA_VERSION:
-        found = f"{path} has the schema version {content['schema_version']}, this trl-spin reads {SCHEMA_VERSION}"
-        raise ValueError(f"{found}. Use the version that wrote it ({content.get('versions')}), or a new `output_dir`.")
-
-
-def find_game_fault(output_dir: str, iteration: int) -> str | None:
-    """What is wrong with the stored game of an iteration, naming the file; `None` if it is complete and intact."""
-    directory = game_dir(output_dir, iteration)
-    manifest = read_manifest(output_dir, iteration)
-    if manifest is None:
-        return f"{directory / MANIFEST} does not exist"
-    for shard in manifest["shards"]:
-        if _sha256(directory / shard["file"]) != shard["sha256"]:
-            return f"{directory / shard['file']} is damaged or missing: it does not match its checksum"
-    return None
-
-
 def find_stored(output_dir: str, request: Request) -> tuple[dict[str, Dataset], dict[str, float]] | None:
     """Pairs and metrics of the game that was requested, if it is stored and intact."""
-    manifest = read_manifest(output_dir, request.iteration)
-    if manifest is None or manifest["request"] != request.hash or find_game_fault(output_dir, request.iteration):
+    if find_fault(game_dir(output_dir, request.iteration), request=request.hash):
         return None
     remove_completions(output_dir, request.iteration)  # of a run that stopped before it did
-    return load_game(output_dir, request.iteration), manifest["metrics"]
+    return load_game(output_dir, request.iteration), read_manifest(output_dir, request.iteration)["metrics"]
 
 
-def load_game(output_dir: str, iteration: int) -> dict[str, Dataset]:
+def load_game(output_dir: str, iteration: int, run: str | None = None) -> dict[str, Dataset]:
     """
     Reads the pairs of an iteration.
 
@@ -202,27 +175,20 @@ def load_game(output_dir: str, iteration: int) -> dict[str, Dataset]:
             Output directory of the run.
         iteration (`int`):
             Self-play iteration.
+        run (`str`, *optional*):
+            Run to which the game should belong.
 
     Returns:
         `dict[str, Dataset]`: Pairs by name of the dataset.
 
     Raises:
-        `ValueError`: If the game is not there, not complete, or damaged.
+        `ValueError`: If the game is not there, not complete, damaged, or of another iteration or run.
     """
-    if fault := find_game_fault(output_dir, iteration):
-        remedy = (
-            "Resume from a checkpoint of an earlier iteration, which generates it again, or use a new `output_dir`."
-        )
+    if fault := find_fault(game_dir(output_dir, iteration), iteration=iteration, **({"run": run} if run else {})):
+        remedy = "Resume from an earlier iteration's checkpoint, which makes it again, or use a new `output_dir`."
         raise ValueError(f"The game of iteration {iteration} cannot be read: {fault}. {remedy}")
     tables = defaultdict(list)
     for shard in read_manifest(output_dir, iteration)["shards"]:
         table = pyarrow.parquet.read_table(game_dir(output_dir, iteration) / shard["file"])
         tables[shard["dataset"]].append(table)
     return {name: Dataset(InMemoryTable(pyarrow.concat_tables(parts))) for name, parts in tables.items()}
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

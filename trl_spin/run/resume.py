@@ -33,8 +33,8 @@ from transformers.trainer_utils import sort_checkpoints
 from ..engines import ENGINES
 from ..pairs import Game
 from ..spin_config import PER_ITERATION, SPINConfig
-from .files import RECORD, SETTINGS, game_dir, model_dir, read_json, write_json
-from .games import SCHEMA_VERSION, check_schema, find_game_fault, read_manifest, read_rows
+from .files import RECORD, SETTINGS, find_fault, game_dir, load_json, model_dir, read_json, write_json
+from .games import read_manifest, read_rows
 from .logs import logger
 from .processes import Processes
 
@@ -62,7 +62,7 @@ _FREE_OPTIONS = frozenset(
     dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_multiprocessing_context
     dataset_num_proc ddp_timeout ddp_backend torch_empty_cache_steps use_cache activation_checkpointing
     activation_checkpointing_kwargs activation_offloading gradient_checkpointing gradient_checkpointing_kwargs
-    ds3_gather_for_generation generation_token_budget precompute_ref_batch_size
+    ddp_find_unused_parameters ds3_gather_for_generation generation_token_budget precompute_ref_batch_size
     """.split()
 )
 
@@ -140,10 +140,10 @@ def _run_file(output_dir: str) -> Path:
     return Path(output_dir) / "self_play" / SETTINGS
 
 
-def write_run(output_dir: str, settings: dict[str, Any], token_budget: int):
+def write_run(args: SPINConfig, game: Game, settings: dict[str, Any], token_budget: int):
     """Writes down what the run depends on, to compare with when it is resumed."""
-    content = {"schema_version": SCHEMA_VERSION, "settings": settings, "generation_token_budget": token_budget}
-    write_json(_run_file(output_dir), content | {"versions": library_versions()})
+    content = {"run": game.settings["run"], "settings": settings, "generation_token_budget": token_budget}
+    write_json(_run_file(args.output_dir), content | {"versions": library_versions()})
 
 
 def recorded_token_budget(output_dir: str) -> int | None:
@@ -151,11 +151,9 @@ def recorded_token_budget(output_dir: str) -> int | None:
     return (read_json(_run_file(output_dir)) or {}).get("generation_token_budget")
 
 
-def open_run(
-    args: SPINConfig, settings: dict[str, Any], resume_from_checkpoint: str | bool, num_processes: int
-) -> str | None:
+def open_run(args: SPINConfig, settings: dict[str, Any], resume_from_checkpoint: str | bool) -> tuple[str, str | None]:
     """
-    Where the run in `output_dir` continues: at a checkpoint, or at its beginning (`None`).
+    The name of the run in `output_dir`, and where it continues: at a checkpoint, or at its beginning (`None`).
 
     Args:
         args ([`SPINConfig`]):
@@ -164,14 +162,13 @@ def open_run(
             See [`run_settings`].
         resume_from_checkpoint (`str` or `bool`):
             Checkpoint to resume from; `True` for the newest one, `False` for a new run.
-        num_processes (`int`):
-            Number of processes.
 
     Raises:
         `ValueError`: If the directory holds another run, or one with other settings, or nothing to resume from.
     """
     path = _run_file(args.output_dir)
     run, num_iterations = read_json(path), args.num_self_play_iterations
+    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     finished = (model_dir(args.output_dir, num_iterations - 1) / RECORD).is_file()
     more = "To play more iterations, raise `num_self_play_iterations` and resume" if finished else "Resume it"
     if not resume_from_checkpoint:
@@ -180,22 +177,21 @@ def open_run(
             what = f"`output_dir` ({args.output_dir}) holds {what} ({path.parent}), and runs are never mixed"
             resume = "`trainer.train(resume_from_checkpoint=True)` (`--resume_from_checkpoint true`)"
             raise ValueError(f"{what}. {more} with {resume}; to start over, choose another `output_dir`.")
-        return None
+        return name, None
     if run is None:
         if resume_from_checkpoint is True and not sort_checkpoints(args.output_dir):
-            return None  # the first of several equal commands
+            return name, None  # the first of several equal commands
         missing = f"There is no self-play run to resume in `output_dir` ({args.output_dir}): {path} does not exist"
         raise ValueError(f"{missing}. Checkpoints of other trainers cannot be continued: pass one as `model` instead.")
-    check_schema(path, run)
     _compare_settings(path, run["settings"], settings)
-    for name, now in library_versions().items():
-        if run["versions"].get(name) != now:
-            change = f"The run was started with {name} {run['versions'].get(name)} and continues with {now}"
+    for library, now in library_versions().items():
+        if run["versions"].get(library) != now:
+            change = f"The run was started with {library} {run['versions'].get(library)} and continues with {now}"
             logger.warning(f"{change}: its result may differ in the last digits.")
     if finished and resume_from_checkpoint is True:
         over = f"This run is finished, its {num_iterations} iterations are played"
         logger.warning(f"{over}: nothing is left to do. {more}; to start over, choose another `output_dir`.")
-    return choose_checkpoint(args, resume_from_checkpoint, num_processes)
+    return run["run"], choose_checkpoint(args, resume_from_checkpoint, run["run"])
 
 
 def _compare_settings(path: Path, old: dict[str, Any], new: dict[str, Any]):
@@ -214,18 +210,7 @@ def _compare_settings(path: Path, old: dict[str, Any], new: dict[str, Any]):
         raise ValueError("\n".join([what, *changes, remedy]))
 
 
-def _missing_file(checkpoint: Path, num_processes: int, model_only: bool) -> str | None:
-    """What a checkpoint lacks: the Trainer would silently continue without the optimizer's state."""
-    names = ["trainer_state.json"]
-    if not model_only:
-        names += ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{i}.pth" for i in range(num_processes)]
-        # DeepSpeed and FSDP keep the optimizer in folders of their own
-        if not (any(checkpoint.glob("global_step*")) or any(checkpoint.glob("pytorch_model_fsdp*"))):
-            names += ["optimizer.pt", "scheduler.pt"]
-    return next((name for name in names if not (checkpoint / name).is_file()), None)
-
-
-def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_processes: int) -> str | None:
+def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, run: str) -> str | None:
     """
     The newest checkpoint from which the run can continue, or the given one.
 
@@ -234,8 +219,8 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_
             Options.
         resume_from_checkpoint (`str` or `bool`):
             Checkpoint to resume from; `True` for the newest one.
-        num_processes (`int`):
-            Number of processes.
+        run (`str`):
+            Name of the run.
 
     Returns:
         `str` or `None`: Checkpoint. `None` if there is none and the run starts from its beginning.
@@ -248,10 +233,12 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_
         candidates = reversed(sort_checkpoints(args.output_dir))
     faults = []
     for checkpoint in map(Path, candidates):
-        missing = _missing_file(checkpoint, num_processes, args.save_only_model)
-        fault = missing and f"{missing} is missing"
+        fault = find_fault(checkpoint, run=run)
+        if fault is None and not args.save_only_model and not any(checkpoint.glob("rng_state*")):
+            # The Trainer would silently continue without the optimizer's state
+            fault = f"{checkpoint} holds the model alone (`save_only_model`)"
         if fault is None:
-            epoch = read_json(checkpoint / "trainer_state.json")["epoch"]
+            epoch = load_json(checkpoint / "trainer_state.json")["epoch"]
             if epoch > boundaries[-1]:
                 raise ValueError(
                     f"{checkpoint} is at epoch {epoch:g}, beyond the {boundaries[-1]} epochs of "
@@ -259,12 +246,13 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, num_
                     "as were played, or resume from an earlier checkpoint by its path."
                 )
             if epoch not in boundaries:  # in the middle of an iteration, whose game it needs
-                fault = find_game_fault(args.output_dir, bisect_right(boundaries, epoch) - 1)
+                iteration = bisect_right(boundaries, epoch) - 1
+                fault = find_fault(game_dir(args.output_dir, iteration), iteration=iteration, run=run)
         if fault is None:
             logger.info(f"Resuming from {checkpoint}.")
             return str(checkpoint)
-        faults.append(f"{checkpoint}: {fault}.")
-        logger.warning(f"Cannot resume from {faults[-1]}")
+        faults.append(f"{fault}.")
+        logger.warning(f"Cannot resume from {checkpoint}: {fault}.")
     if resume_from_checkpoint is not True or any(Path(args.output_dir).glob(f"iteration-*/{RECORD}")):
         none = f"{args.output_dir} holds none (`save_strategy={args.save_strategy.value!r}`)."
         remedy = (
