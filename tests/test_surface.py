@@ -307,7 +307,8 @@ model_name: run-iteration-1
 .*# Model Card for run-iteration-1
 
 This model is a fine-tuned version of `{path}`\.
-.*model="run-iteration-1".*
+.*prompt = \[{{'role': 'user', 'content': 'What can you do\?'}}\]
+.*model="run/iteration-1".*
 ## Self-play
 .*
 - Base model: `{path}`

@@ -502,6 +502,10 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             return
         left_out, (dataset, read_prompt) = sum(self.game.left_out["train"].values()), self.game.sources["train"]
         unsloth = ["unsloth"] if hasattr(self.model.config, "unsloth_version") else []
+        dataset_name = dataset_name or (self.dataset_name if "/" in self.dataset_name else None)
+        prompt = read_prompt(dataset[self.game.train.columns.scalars["row"][0]])
+        if dataset_name is None or public_name(dataset_name) != dataset_name:  # nothing of it is quoted
+            prompt = [{"role": "user", "content": "What can you do?"}] if isinstance(prompt, list) else "Once upon a time"
         write_model_card(
             Path(self.args.output_dir) / "README.md",
             model_name=model_name or Path(self.hub_model_id or self.run_dir).name,
@@ -510,9 +514,9 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             base_model=self.game.base_model,
             revision=(self.args.model_init_kwargs or {}).get("revision"),
             is_adapter=isinstance(self.model, PeftModel),
-            dataset_name=dataset_name or (self.dataset_name if "/" in self.dataset_name else None),
+            dataset_name=dataset_name,
             data=f"`{public_name(self.dataset_name)}`, {len(self.game.train)} prompts ({left_out} rows left out)",
-            prompt=read_prompt(dataset[self.game.train.columns.scalars["row"][0]]),
+            prompt=prompt,
             settings={name: value for name, value in self.args.to_dict().items() if name in _CARD_SETTINGS},
             records=read_records(self.run_dir, self.args.num_self_play_iterations),
             rows=self.best_iteration.best_metric.table(self.args.num_self_play_iterations - 1),
