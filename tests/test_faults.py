@@ -696,10 +696,10 @@ def test_a_game_without_a_pair_to_learn_from_stops(tmp_path, monkeypatch, write,
 @pytest.mark.parametrize(
     "write, message",
     [
-        (lambda i, real: [END] if i else [5, END], "92% of the generated completions are empty"),
-        (lambda i, real: [5, 6 + i], "100% of the generated completions are truncated. Raise"),
+        (lambda i, real: [END] if i else [5, END], "Generated completions are empty: 92% (train)"),
+        (lambda i, real: [5, 6 + i], "Generated completions are truncated: 100% (train)"),
         (lambda i, real: real if i else [5, END], "92% of the generated completions are identical"),
-        (lambda i, real: [5, 5, 5, END], "8% of the generated completions are distinct, but 58% of the real ones"),
+        (lambda i, real: [5, 5, 5, END], "Few generated completions are distinct: 8%, of the real ones 58% (train)"),
     ],
     ids=["38 empty", "39 truncated", "40 identical", "41 the same for all"],
 )
