@@ -232,7 +232,7 @@ def run(
         process.start()
     multiprocessing.connection.wait([process.sentinel for process in started])
     for process in started:
-        process.join(60 if signum != signal.SIGKILL else 0)
+        process.join(0 if death is not None and signum == signal.SIGKILL else 60)
         process.kill()
         process.join()
     return {process.exitcode for process in started}
