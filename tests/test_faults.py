@@ -120,7 +120,9 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize("file, damage, message", DAMAGES, ids=lambda value: getattr(value, "__name__", str(value)[-24:]))
+@pytest.mark.parametrize(
+    "file, damage, message", DAMAGES, ids=lambda value: getattr(value, "__name__", str(value)[-24:])
+)
 def test_a_damaged_file_is_named_and_never_used(run, caplog, file, damage, message):
     output_dir, expected = run
     damage(output_dir / file)

@@ -74,7 +74,7 @@ class Points:
 
     def __init__(self, output_dir: str, death: str | int | None, signum: int, copies: bool):
         self.output_dir, self.death, self.signum, self.copies = output_dir, death, signum, copies
-        self.events, self.busy, self.counts = 0, False, Counter()
+        self.events, self.busy, self.counts, self.playing = 0, False, Counter(), False
         self.checkpoints = set()  # files of all that is called a checkpoint, at whatever moment
 
     def reached(self, point: str | int):
@@ -113,6 +113,9 @@ class CallbackPoints(TrainerCallback):
             if place == (event, step):
                 self.points.count(point, 1)
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.points.playing = True  # the rows that were tried before do not count
+
     def on_step_end(self, args, state, control, **kwargs):
         self.at("on_step_end", state.global_step)
 
@@ -132,8 +135,8 @@ def sha256(tensors: dict) -> str:
 
 
 def untimed(logs: dict) -> dict:
-    """Logs without what differs between any two runs."""
-    return {key: value for key, value in logs.items() if not any(time in key for time in ("time", "second"))}
+    """Logs, or a record, without what differs between any two runs."""
+    return {key: value for key, value in logs.items() if not any(t in key for t in ("time", "second", "sha256"))}
 
 
 def play(output_dir: str, kind: str, rank: int, world_size: int, port: int, death, signum: int, copies: bool, resume):
@@ -152,7 +155,7 @@ def play(output_dir: str, kind: str, rank: int, world_size: int, port: int, deat
     model = make_model(tokenizer)
 
     def before_forward(model, args, kwargs):
-        if kwargs["input_ids"].size(1) == 1:
+        if points.playing and kwargs["input_ids"].size(1) == 1:
             points.count(BATCH, 30)
 
     model.register_forward_pre_hook(before_forward, with_kwargs=True)

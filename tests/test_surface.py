@@ -307,7 +307,7 @@ model_name: run-iteration-1
 .*# Model Card for run-iteration-1
 
 This model is a fine-tuned version of `{path}`\.
-.*prompt = \[{{'role': 'user', 'content': 'What can you do\?'}}\]
+.*prompt = \[{{'role': 'user', 'content': 'Hello!'}}\]
 .*model="run/iteration-1".*
 ## Self-play
 .*

@@ -209,7 +209,7 @@ class GameDataset(torch.utils.data.Dataset):
         if self._columns:
             return as_preference(self._columns[(index + self.epoch) % len(self._columns)][index])
         row = self.columns[index]
-        return {"prompt_ids": row["prompt_ids"], "chosen_ids": row["real_ids"], "rejected_ids": [], "played": False}
+        return {"chosen_ids": row.pop("real_ids"), "rejected_ids": [], "played": False} | row
 
     @property
     def column_names(self) -> list[str]:

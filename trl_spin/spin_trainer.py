@@ -505,7 +505,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         dataset_name = dataset_name or (self.dataset_name if "/" in self.dataset_name else None)
         prompt = read_prompt(dataset[self.game.train.columns.scalars["row"][0]])
         if dataset_name is None or public_name(dataset_name) != dataset_name:  # nothing of it is quoted
-            prompt = [{"role": "user", "content": "What can you do?"}] if isinstance(prompt, list) else "Once upon a time"
+            prompt = [{"role": "user", "content": "Hello!"}] if isinstance(prompt, list) else "Hello!"
         write_model_card(
             Path(self.args.output_dir) / "README.md",
             model_name=model_name or Path(self.hub_model_id or self.run_dir).name,
