@@ -197,10 +197,8 @@ def ready_to_generate(
     model: torch.nn.Module, accelerator: Accelerator, args: Any
 ) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedModel]]:
     """The unwrapped model in evaluation mode, and the one inside its adapter, which has no generation config."""
-    was_training, unwrapped = (
-        model.training,
-        unwrap_model_for_generation(model, accelerator, args.ds3_gather_for_generation),
-    )
+    was_training = model.training
+    unwrapped = unwrap_model_for_generation(model, accelerator, args.ds3_gather_for_generation)
     all_weights = DistributedBackend(accelerator).summon_full_params(model, recurse=False)
     with checkpointing_hidden(), unwrapped as unwrapped_model, all_weights:
         unwrapped_model.eval()
