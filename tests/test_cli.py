@@ -102,7 +102,7 @@ def test_python_command_and_accelerate_launch_give_the_same_run(sft, monkeypatch
             *(sft / run / iteration / "model.safetensors" for run in ("python", "command", "accelerate"))
         )
     assert_equal_weights(sft / "command" / "model.safetensors", sft / "command" / "iteration-1" / "model.safetensors")
-    assert f"`{sft / 'data.jsonl'}`, 12 prompts" in (sft / "command" / "README.md").read_text()
+    assert "`data.jsonl`, 12 prompts" in (sft / "command" / "README.md").read_text()
 
 
 def test_the_command_line_overrides_yaml(sft, monkeypatch):

@@ -144,7 +144,7 @@ def test_losses_of_dpo_trainer_keep_their_names(tmp_path, loss_type):
     [
         ({"loss_type": "exponental"}, "'exponental' is unknown. Self-play has .*'exponential'.*and of .*'ipo'"),
         ({"space_mu": 2.0}, r"`space_mu=2.0` does nothing for `loss_type=\['sigmoid'\]`"),
-        ({"loss_type": "space", "space_mu": 0.0}, "must be positive, got 0.0"),
+        ({"loss_type": "space", "space_mu": 0.0}, "must be > 0, got 0.0"),
         ({"label_smoothing": 0.1}, "`label_smoothing=0.1` does nothing"),
         ({"loss_type": ["sigmoid", "sft"], "sft_weight": 1.0}, "are the same anchor"),
         ({"loss_type": "space", "use_weighting": True}, "`use_weighting` is an option of"),
