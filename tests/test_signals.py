@@ -19,12 +19,14 @@ import itertools
 import json
 import random
 import re
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas
 import pytest
 import torch
+import tqdm.std
 from conftest import Scripted, logp, make_dataset, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -428,8 +430,11 @@ def test_an_empty_probe_is_marked(tmp_path, capsys):
     assert capsys.readouterr().out.count("(empty)") == 2  # once before and once after the iteration
 
 
-@pytest.mark.parametrize("disable_tqdm", [True, False])
-def test_the_console_shows_lines(tmp_path, capsys, monkeypatch, disable_tqdm):
+@pytest.mark.parametrize("disable_tqdm, environment", [(True, False), (False, False), (False, True)])
+def test_the_console_shows_lines(tmp_path, capsys, monkeypatch, disable_tqdm, environment):
+    if environment:  # as TQDM_DISABLE does
+        monkeypatch.setattr(tqdm.std.tqdm, "__init__", partialmethod(tqdm.std.tqdm.__init__, disable=True))
+
     class Waits(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             clock[0] += 1
@@ -456,7 +461,9 @@ def test_the_console_shows_lines(tmp_path, capsys, monkeypatch, disable_tqdm):
     assert {"self_play/mean_length_real", "self_play/generation_time"} <= logged.keys()
     # The clock of the bar does not run while the opponent plays
     bars = re.findall(r"Iteration 1: .*?(\d)/6 \[(.*?)<(.*?),", shown.err)
-    assert bool(bars) == (not disable_tqdm) and all(int(a[-2:]) < 10 and len(a + b) < 11 for _, a, b in bars)
+    assert bool(bars) == (not disable_tqdm and not environment) and all(
+        int(a[-2:]) < 10 and len(a + b) < 11 for _, a, b in bars
+    )
 
 
 def test_only_the_progress_that_the_trainer_attached_is_replaced(tmp_path, capsys):

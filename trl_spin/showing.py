@@ -160,7 +160,7 @@ class BarCallback(LineCallback, ProgressCallback):
     """Shows, below these lines, a bar of the training steps. Its clock stops while the opponent plays."""
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and not self.training_bar.disable:  # as TQDM_DISABLE does
             bar, coming = self.training_bar, len(self.game.schedule.num_epochs) - 1 - self.game.iteration
             # The steps before a resume took no time
             bar.initial += state.global_step - self.current_step

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from ..compat import pass_over_cache
 from .base import Complete, Engine, forked_rng, grpo_options, ready_to_generate
 
 
@@ -68,6 +69,7 @@ class ContinuousBatching(Engine):
     @contextmanager
     def open(self, model: torch.nn.Module) -> Iterator[Complete]:
         args, rules = self.args, self.rules
+        pass_over_cache()
         ends = {"eos_token_id": rules.end_token_ids, "pad_token_id": rules.tokenizer.pad_token_id}
         names = ("temperature", "top_k", "top_p", "min_p") if args.temperature > 0 else ()
         sampling = {"do_sample": args.temperature > 0} | {name: getattr(args, name) for name in names}
