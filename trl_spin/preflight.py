@@ -140,7 +140,10 @@ class PreflightCallback(TrainerCallback):
             pairs = score(logps_of, replace(processes, quiet=True), pairs, "train", batch_size)
             game.iteration, game.at_start = 0, True
             model.train()
-            inputs, start = self.collate(map(as_preference, pairs)), time.perf_counter()
+            trainer.compute_loss(model, self.collate(map(as_preference, pairs)))
+            # The first call took longer than others will, and few rows take as long as many where the model is small
+            batch = [as_preference(pairs[i % len(pairs)]) for i in range(args.per_device_train_batch_size)]
+            inputs, start = self.collate(batch), time.perf_counter()
             trainer.compute_loss(model, inputs).item()
             seconds = token_seconds, (time.perf_counter() - start) / trainer._metrics["train"]["tokens"][-1][0]
             model.train(training)
