@@ -31,7 +31,7 @@ from .measures import last_logs
 from .pairs import Game
 from .report.signals import judge
 from .report.tables import iteration_rows
-from .run.checkpoints import keep_model
+from .run.checkpoints import keep_model, load_model
 from .run.files import MANIFEST, RECORD, RECORDED_OPTIONS, find_fault, game_dir, model_dir, write_json
 from .run.games import read_manifest, read_models, remove_completions
 from .run.logs import logger
@@ -159,10 +159,6 @@ class BestIterationCallback(TrainerCallback):
 
     def keep_start(self):
         """Keeps the model that self-play starts from, which may turn out to be the best one, before it is trained."""
-        if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
-            raise ValueError(
-                "`load_best_iteration_at_end` loads weights in place, which DeepSpeed and FSDP forbid: unset it."
-            )
         if self.fault_of(-1):
             keep_model(self.trainer, self.game, self.processes, -1)
 
@@ -183,7 +179,7 @@ class BestIterationCallback(TrainerCallback):
             if fault := self.fault_of(best):
                 remedy = "Restore it, or resume without `load_best_iteration_at_end`."
                 raise ValueError(f"The best model, iteration {best}'s, cannot be loaded: {fault}. {remedy}")
-            self.trainer._load_from_checkpoint(str(model_dir(args.output_dir, best)))
+            load_model(self.trainer, model_dir(args.output_dir, best))
             self.trainer.log({"self_play/best_iteration": best})
 
     def show_end(self, saved: str | None = None):
@@ -252,7 +248,7 @@ class IterationCallback(TrainerCallback):
     def keep(self, iteration: int):
         """Keeps the model that an iteration made, with its record and model card."""
         trainer, args = self.trainer, self.trainer.args
-        check_finite_weights(trainer.model, trainer.state.global_step, iteration)
+        check_finite_weights(trainer.accelerator, trainer.model, trainer.state.global_step, iteration)
         directory = keep_model(trainer, self.game, self.processes, iteration)
         self.processes.write(args.output_dir, self._describe, iteration, directory)
 

@@ -111,7 +111,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     please refer to the [`~trl.DPOConfig`] and [`~transformers.TrainingArguments`] documentation. Note that default
     values in this class may differ from those in these classes. Parameters of generation that are not listed here have
     the names, defaults and meanings of [`~trl.GRPOConfig`]: `top_p`, `top_k`, `min_p`,
-    `repetition_penalty`, `cache_implementation`, `ds3_gather_for_generation`, `use_vllm` and `vllm_...`,
+    `repetition_penalty`, `cache_implementation`, `use_vllm` and `vllm_...`,
     `use_transformers_continuous_batching` and `transformers_continuous_batching_config`.
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into

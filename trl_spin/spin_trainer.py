@@ -433,7 +433,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         return self.checkpoints.staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
-        check_finite_weights(self.model, self.state.global_step, self.game.iteration)
+        check_finite_weights(self.accelerator, self.model, self.state.global_step, self.game.iteration)
         # The state of a callback is what the Trainer's state has room for
         losses, sums = self.accelerator.gather(self._tr_loss[None]).tolist(), {n: getattr(self, n) for n in _SUMS}
         counters = {"sums": sums, "losses": losses, "metrics": dict(self._metrics["train"])}
@@ -478,6 +478,10 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         return self.lr_scheduler
 
     # ---- Model card and Hub ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        with self.checkpoints.whole_model():
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None):
         super()._save(output_dir, state_dict)

@@ -51,9 +51,7 @@ def grpo_options(names: str) -> type:
 
 
 # Options of all engines
-SamplingOptions = grpo_options(
-    "temperature top_p top_k min_p repetition_penalty generation_kwargs ds3_gather_for_generation"
-)
+SamplingOptions = grpo_options("temperature top_p top_k min_p repetition_penalty generation_kwargs")
 
 ENGINES: dict[str, type["Engine"]] = {}
 
@@ -194,11 +192,11 @@ def forked_rng(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def ready_to_generate(
-    model: torch.nn.Module, accelerator: Accelerator, args: Any
+    model: torch.nn.Module, accelerator: Accelerator
 ) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedModel]]:
     """The unwrapped model in evaluation mode, and the one inside its adapter, which has no generation config."""
     was_training = model.training
-    unwrapped = unwrap_model_for_generation(model, accelerator, args.ds3_gather_for_generation)
+    unwrapped = unwrap_model_for_generation(model, accelerator)
     all_weights = DistributedBackend(accelerator).summon_full_params(model, recurse=False)
     with checkpointing_hidden(), unwrapped as unwrapped_model, all_weights:
         unwrapped_model.eval()

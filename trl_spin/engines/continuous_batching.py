@@ -74,7 +74,7 @@ class ContinuousBatching(Engine):
         names = ("temperature", "top_k", "top_p", "min_p") if args.temperature > 0 else ()
         sampling = {"do_sample": args.temperature > 0} | {name: getattr(args, name) for name in names}
         with (
-            ready_to_generate(model, self.accelerator, args) as (_, base_model),
+            ready_to_generate(model, self.accelerator) as (_, base_model),
             _weights_in_autocast_dtype(base_model, self.accelerator),
         ):
             attention = base_model.config._attn_implementation

@@ -16,12 +16,15 @@
 
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch.distributed.fsdp import StateDictType
+from torch.distributed.tensor.experimental import implicit_replication
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import sort_checkpoints
+from trl.distributed import DistributedBackend
 
 from ..compat import replaced
 from ..pairs import Game
@@ -39,6 +42,16 @@ class Checkpoints:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.staging: str | None = None  # where the Trainer writes one at the moment
+        if DistributedBackend(accelerator).is_zero3:  # or else the Trainer would save shards in the place of models
+            zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
+
+    def whole_model(self) -> AbstractContextManager:
+        """Has the Trainer save a model also where FSDP's checkpoints are shards: there, it would save nothing."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or self.staging:
+            return nullcontext()
+        return replaced(plugin, "state_dict_type", StateDictType.FULL_STATE_DICT)
 
     @contextmanager
     def saving(self, args: SPINConfig, state: TrainerState, game: Game):
@@ -77,9 +90,25 @@ def keep_model(trainer: Trainer, game: Game, processes: Processes, iteration: in
     """Keeps the model that an iteration made, or the one that self-play starts from (-1). Returns the directory."""
     directory = model_dir(trainer.args.output_dir, iteration)
     with explain_write_error(directory):
-        trainer.save_model(str(directory))
+        if iteration >= 0:
+            trainer.save_model(str(directory))
+        else:  # the Trainer has not prepared it yet, but ZeRO-3 may have loaded it in shards
+            with DistributedBackend(trainer.accelerator).gather_params(list(trainer.model.parameters())):
+                trainer._save(str(directory))
         processes.on_main(lambda: seal(directory, run=game.settings["run"], iteration=iteration))
     return directory
+
+
+def load_model(trainer: Trainer, directory: Path):
+    """Puts the weights of a saved model in the place of the trainer's, which may be spread over the processes."""
+    whole = nullcontext()
+    if DistributedBackend(trainer.accelerator).is_zero3:
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(list(trainer.model.parameters()), modifier_rank=0)
+    # Under FSDP, the Trainer would look for a checkpoint
+    with whole, implicit_replication(), replaced(trainer, "is_fsdp_enabled", False):
+        trainer._load_from_checkpoint(str(directory))
 
 
 def _remove(checkpoint: Path):

@@ -62,7 +62,7 @@ _FREE_OPTIONS = frozenset(
     dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_multiprocessing_context
     dataset_num_proc ddp_timeout ddp_backend torch_empty_cache_steps use_cache activation_checkpointing
     activation_checkpointing_kwargs activation_offloading gradient_checkpointing gradient_checkpointing_kwargs
-    ddp_find_unused_parameters ds3_gather_for_generation generation_token_budget precompute_ref_batch_size
+    ddp_find_unused_parameters generation_token_budget precompute_ref_batch_size
     """.split()
 )
 

@@ -15,40 +15,64 @@
 """The model's weights: what tells them apart, and whether they are finite."""
 
 import hashlib
+import re
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
+from trl.distributed import DistributedBackend
+
+
+# What torch.compile (of single layers), FSDP1 and activation checkpointing put into the names of parameters
+_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def whole_weights(
+    accelerator: Accelerator, model: torch.nn.Module
+) -> Iterator[tuple[str, torch.nn.Parameter, torch.Tensor]]:
+    """
+    Parameters by the names that they have in the model itself, and their values: those of ZeRO-3 and FSDP2 are gathered
+    one by one, each for as long as it is looked at, so that all processes must go through all of them. FSDP1 has a flat
+    shard of several parameters on each process, and none is gathered.
+    """
+    backend = DistributedBackend(accelerator)
+    for name, parameter in accelerator.unwrap_model(model, keep_torch_compile=False).named_parameters():
+        with backend.gather_params([parameter]):
+            values = parameter.detach()
+            if isinstance(values, DTensor):  # offloaded ones come to the device, which is where they can be gathered
+                values = values.to(accelerator.device).full_tensor()
+            yield _WRAPPERS.sub("", name), parameter, values
 
 
 @torch.no_grad()
 def weights_fingerprint(accelerator: Accelerator, model: torch.nn.Module) -> str:
     """
     SHA-256 of the weights, computed where they are: of a sum over positions for each tensor, exact in 64-bit integers
-    and so the same on every device. It detects accidental differences, not deliberate forgery. The model may be
-    sharded over the processes.
+    and so the same on every device, and however the model is spread over any number of processes (but for FSDP1, where
+    it is the hash of all shards). It detects accidental differences, not deliberate forgery.
     """
     digest = hashlib.sha256()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
-        data = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed ZeRO-3
-        data = (data.to_local() if isinstance(data, DTensor) else data).detach()
-        digest.update(f"{name} {tuple(data.shape)} {data.dtype}".encode())
-        if data.device.type == "meta":
+    for name, _, values in whole_weights(accelerator, model):
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        if values.device.type == "meta":
             continue
-        for chunk in data.contiguous().view(-1).view(integers[data.element_size()]).split(2**24):
-            factors = torch.arange(1, 2 * len(chunk), 2, device=chunk.device)
+        for chunk in values.contiguous().view(-1).view(integers[values.element_size()]).split(2**24):
+            factors = torch.arange(1, 2 * len(chunk) + 1, 2, device=chunk.device)
             digest.update(str((chunk.long() * factors).sum().item()).encode())
-    parts = gather_object([digest.hexdigest()]) if accelerator.num_processes > 1 else [digest.hexdigest()]
-    # One and the same for all processes, unless each has another part of the model
-    return parts[0] if len(set(parts)) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
+    # Before the model is sharded, FSDP may have loaded it on the first process alone
+    parts = gather_object([digest.hexdigest()])
+    sharded = DistributedBackend(accelerator).fsdp_version == 1
+    return hashlib.sha256("".join(parts).encode()).hexdigest() if sharded else parts[0]
 
 
-def check_finite_weights(model: torch.nn.Module, step: int, iteration: int):
+def check_finite_weights(accelerator: Accelerator, model: torch.nn.Module, step: int, iteration: int):
     """Raises a `ValueError` if a trained weight is NaN or infinite, on any process."""
-    bad = next((name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()), None)
-    bad = [name for name in gather_object([bad]) if name is not None]
+    weights = whole_weights(accelerator, model)
+    bad = [name for name, p, values in weights if p.requires_grad and not torch.isfinite(values).all()]
+    bad = gather_object(bad)
     if bad:
         raise ValueError(
             f"After step {step} (iteration {iteration}) the weights are not finite (the first is {bad[0]}). They are "
