@@ -27,7 +27,7 @@ import torch
 import trl
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
-from conftest import callback_of, first_losses, make_args, make_dataset, make_model, make_tokenizer
+from conftest import callback_of, first_losses, make_args, make_dataset, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
@@ -69,8 +69,8 @@ def play(output_dir, kind: str, batch_size: int, model=None, resume=None, callba
     return trainer
 
 
-def run(launcher: str, *arguments, **environment):
-    """This file on two processes."""
+def run(launcher: str, *arguments, **environment) -> str:
+    """This file on two processes. Returns what they said."""
     result = subprocess.run(
         [sys.executable, "-m", *launcher.split(), __file__, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
@@ -79,6 +79,7 @@ def run(launcher: str, *arguments, **environment):
         text=True,
     )
     assert result.returncode == 0, result.stderr
+    return result.stderr
 
 
 def trained(run: Path) -> dict[str, torch.Tensor]:
@@ -156,6 +157,7 @@ def play_sharded(directory: str, engine: str):
     options = SHARDED | {"model": f"{directory}/start", "batch_size": 4, "use_cpu": False, "ddp_backend": "gloo"}
     for kind, best in BEST.items():
         options |= {"gradient_checkpointing": kind == "lora", "save_strategy": "steps", "save_steps": 3}
+        os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT" if kind == "full" else "SHARDED_STATE_DICT"
         BestMetric.find_best = lambda self, last, best=best: best
         trainer = play(directory / kind, kind, load_best_iteration_at_end=True, **options)
         trainer.save_model(f"{directory}/{kind}-best")
@@ -171,9 +173,22 @@ def play_sharded(directory: str, engine: str):
 
         trainer.processes.on_main(kill)  # in the middle of the last iteration
         play(directory / f"{kind}-killed", kind, resume=True, **options)
+    if engine == "fsdp2":
+        options |= {"model_init_kwargs": {"dtype": "bfloat16"}, "learning_rate": 1e-7}
     with pytest.raises(ValueError, match="After step 2 .* weights are not finite"):
         play(directory / "poisoned", "full", callbacks=[Poison()], **options)
     return trainer, facts
+
+
+def test_a_fingerprint_is_that_of_the_weights_alone(tmp_path):
+    trainer = make_trainer(tmp_path, dry_run=True, torch_compile=True, torch_compile_backend="eager")
+    accelerator, model, expected = trainer.accelerator, trainer.model, trainer._start_fingerprint
+    trainer.train()
+    assert trainer.model_wrapped is not model and weights_fingerprint(accelerator, trainer.model_wrapped) == expected
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    assert weights_fingerprint(accelerator, model) == expected
+    empty, more = (torch.nn.ParameterList([torch.empty(0, columns)]) for columns in (2, 3))  # as a process may have it
+    assert weights_fingerprint(accelerator, empty) != weights_fingerprint(accelerator, more)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +208,7 @@ def test_sharded_models_play_the_same_game(tmp_path, one_process, engine):
     shutil.copytree(one_process / "start", tmp_path / "start")
     (tmp_path / "zero3.json").write_text(json.dumps(ZERO_3))
     launcher = "accelerate.commands.launch --num_processes 2 --mixed_precision no --main_process_port 0"
-    run(f"{launcher} {ENGINES[engine].format(dir=tmp_path)}", tmp_path, engine, DS_ACCELERATOR="cpu")
+    log = run(f"{launcher} {ENGINES[engine].format(dir=tmp_path)}", tmp_path, engine, DS_ACCELERATOR="cpu")
     first, second = (json.loads((tmp_path / f"{engine}-{rank}.json").read_text()) for rank in range(2))
     for kind, best in BEST.items():
         assert first[kind]["losses"] == second[kind]["losses"] == pytest.approx([math.log(2)] * 2, abs=1e-5)
@@ -213,6 +228,7 @@ def test_sharded_models_play_the_same_game(tmp_path, one_process, engine):
             model = PeftModel.from_pretrained(model, path) if kind == "lora" else model
             assert weights_fingerprint(Accelerator(cpu=True), model) == opponent
     assert not list((tmp_path / "poisoned").glob("*-*"))
+    assert engine != "fsdp2" or "for 100% of its weights a step of this size rounds away" in log
 
 
 if __name__ == "__main__":

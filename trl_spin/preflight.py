@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -241,7 +242,8 @@ def warn_of_lost_updates(trained: list[torch.nn.Parameter], learning_rate: float
     Adam-like optimizer moves a weight by about the learning rate, and bfloat16 keeps a change of a weight w only if it
     is larger than |w|/512.
     """
-    trained = [p for p in trained if p.dtype == torch.bfloat16]
+    # Of FSDP2, each process counts its own part
+    trained = [p.to_local() if isinstance(p, DTensor) else p for p in trained if p.dtype == torch.bfloat16]
     total = sum(p.numel() for p in trained)
     lost = sum((p.abs() > 512 * learning_rate).sum().item() for p in trained)
     if lost > total / 2:

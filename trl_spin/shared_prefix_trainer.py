@@ -107,7 +107,9 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         }
         reason = next((reason for reason, holds in obstacles.items() if holds), None)
         reason = reason or supports_shared_prefix(self._unwrap(self.model))
-        for candidate in filter(None, (model or self.model_wrapped, self.ref_model)):
+        # A compiled model has no truth value
+        candidates = [self.model_wrapped if model is None else model, self.ref_model]
+        for candidate in (candidate for candidate in candidates if candidate is not None):
             reason = reason or supports_shared_prefix(self._unwrap(candidate)) or self._compare(candidate, inputs)
         self.shares_prefix = reason is None
         if reason is not None:

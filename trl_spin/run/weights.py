@@ -17,6 +17,7 @@
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -29,51 +30,46 @@ from trl.distributed import DistributedBackend
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def whole_weights(
-    accelerator: Accelerator, model: torch.nn.Module
-) -> Iterator[tuple[str, torch.nn.Parameter, torch.Tensor]]:
-    """
-    Parameters by the names that they have in the model itself, and their values: those of ZeRO-3 and FSDP2 are gathered
-    one by one, each for as long as it is looked at, so that all processes must go through all of them. FSDP1 has a flat
-    shard of several parameters on each process, and none is gathered.
-    """
-    backend = DistributedBackend(accelerator)
-    for name, parameter in accelerator.unwrap_model(model, keep_torch_compile=False).named_parameters():
-        with backend.gather_params([parameter]):
-            values = parameter.detach()
-            if isinstance(values, DTensor):  # offloaded ones come to the device, which is where they can be gathered
-                values = values.to(accelerator.device).full_tensor()
-            yield _WRAPPERS.sub("", name), parameter, values
+@contextmanager
+def _whole(accelerator: Accelerator, parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
+    """The values of a parameter, gathered from all processes (but for FSDP1, which has flat shards of several)."""
+    with DistributedBackend(accelerator).gather_params([parameter]):
+        values = parameter.detach()
+        # Offloaded ones come to the device, where processes can exchange them
+        yield values.to(accelerator.device).full_tensor() if isinstance(values, DTensor) else values
 
 
 @torch.no_grad()
 def weights_fingerprint(accelerator: Accelerator, model: torch.nn.Module) -> str:
     """
     SHA-256 of the weights, computed where they are: of a sum over positions for each tensor, exact in 64-bit integers
-    and so the same on every device, and however the model is spread over any number of processes (but for FSDP1, where
-    it is the hash of all shards). It detects accidental differences, not deliberate forgery.
+    and so the same on every device. However the model is spread, over any number of processes, it is the same as well
+    (but for FSDP1, where it is the hash of all shards). It detects accidental differences, not deliberate forgery.
     """
     digest = hashlib.sha256()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, _, values in whole_weights(accelerator, model):
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        if values.device.type == "meta":
-            continue
-        for chunk in values.contiguous().view(-1).view(integers[values.element_size()]).split(2**24):
-            factors = torch.arange(1, 2 * len(chunk) + 1, 2, device=chunk.device)
-            digest.update(str((chunk.long() * factors).sum().item()).encode())
-    # Before the model is sharded, FSDP may have loaded it on the first process alone
+    for name, parameter in accelerator.unwrap_model(model, keep_torch_compile=False).named_parameters():
+        with _whole(accelerator, parameter) as data:
+            digest.update(f"{_WRAPPERS.sub('', name)} {tuple(data.shape)} {data.dtype}".encode())
+            if data.device.type == "meta":
+                continue
+            for chunk in data.contiguous().view(-1).view(integers[data.element_size()]).split(2**24):
+                factors = torch.arange(1, 2 * len(chunk) + 1, 2, device=chunk.device)
+                digest.update(str((chunk.long() * factors).sum().item()).encode())
     parts = gather_object([digest.hexdigest()])
-    sharded = DistributedBackend(accelerator).fsdp_version == 1
-    return hashlib.sha256("".join(parts).encode()).hexdigest() if sharded else parts[0]
+    # Before FSDP2 spreads a model, it may be on the first process alone
+    flat = DistributedBackend(accelerator).fsdp_version == 1
+    return hashlib.sha256("".join(parts).encode()).hexdigest() if flat else parts[0]
 
 
 def check_finite_weights(accelerator: Accelerator, model: torch.nn.Module, step: int, iteration: int):
     """Raises a `ValueError` if a trained weight is NaN or infinite, on any process."""
-    weights = whole_weights(accelerator, model)
-    bad = [name for name, p, values in weights if p.requires_grad and not torch.isfinite(values).all()]
-    bad = gather_object(bad)
-    if bad:
+    bad = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with _whole(accelerator, parameter) as data:
+                bad += [] if torch.isfinite(data).all() else [name]
+    if bad := gather_object(bad):
         raise ValueError(
             f"After step {step} (iteration {iteration}) the weights are not finite (the first is {bad[0]}). They are "
             "not saved, so the last checkpoint and iteration are intact. Lower `learning_rate`, set `max_grad_norm`, "
