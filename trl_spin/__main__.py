@@ -112,14 +112,12 @@ def run(script_args, training_args, model_args, dataset_args):
     resume = training_args.resume_from_checkpoint
     # The command line passes text: "true" stands for the newest checkpoint in `output_dir`
     trainer.train(resume_from_checkpoint={"true": True, "false": False}.get(str(resume).lower(), resume))
-    if training_args.dry_run:
-        return trainer
-
-    with explain_write_error(training_args.output_dir):
-        trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.best_iteration.show_end(saved=training_args.output_dir)
+    if not training_args.dry_run:
+        with explain_write_error(training_args.output_dir):
+            trainer.save_model(training_args.output_dir)
+        if training_args.push_to_hub:
+            trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.best_iteration.show_end(saved=training_args.output_dir)
     trainer.accelerator.end_training()
     return trainer
 
