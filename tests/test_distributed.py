@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_spin import SelfPlayCallback, SPINTrainer, memory
 from trl_spin.iterations import BestMetric
+from trl_spin.run.checkpoints import save_model
 from trl_spin.run.games import load_game, read_manifest
 from trl_spin.run.weights import weights_fingerprint
 
@@ -160,7 +161,7 @@ def play_sharded(directory: str, engine: str):
         os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT" if kind == "full" else "SHARDED_STATE_DICT"
         BestMetric.find_best = lambda self, last, best=best: best
         trainer = play(directory / kind, kind, load_best_iteration_at_end=True, **options)
-        trainer.save_model(f"{directory}/{kind}-best")
+        save_model(trainer, directory / f"{kind}-best")
         BestMetric.find_best = find_best
         weights = [(local(p).numel(), getattr(p, "ds_numel", p.numel())) for p in trainer.model.parameters()]
         share = sum(here for here, _ in weights) / sum(everywhere for _, everywhere in weights)

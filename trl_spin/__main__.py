@@ -72,6 +72,7 @@ def run(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
     from . import SPINTrainer
+    from .run.checkpoints import save_model
     from .run.files import explain_write_error
     from .sources import load_data
 
@@ -114,7 +115,7 @@ def run(script_args, training_args, model_args, dataset_args):
     trainer.train(resume_from_checkpoint={"true": True, "false": False}.get(str(resume).lower(), resume))
     if not training_args.dry_run:
         with explain_write_error(training_args.output_dir):
-            trainer.save_model(training_args.output_dir)
+            save_model(trainer, training_args.output_dir)
         if training_args.push_to_hub:
             trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.best_iteration.show_end(saved=training_args.output_dir)

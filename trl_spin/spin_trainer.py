@@ -479,10 +479,6 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
     # ---- Model card and Hub ----
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        with self.checkpoints.whole_model():
-            super().save_model(output_dir, _internal_call)
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None):
         super()._save(output_dir, state_dict)
         # Nothing reads it, and it holds `hub_token` and paths of this machine

@@ -16,7 +16,7 @@
 
 import os
 import shutil
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -45,13 +45,6 @@ class Checkpoints:
         if DistributedBackend(accelerator).is_zero3:  # or else the Trainer would save shards in the place of models
             zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
             zero["stage3_gather_16bit_weights_on_model_save"] = True
-
-    def whole_model(self) -> AbstractContextManager:
-        """Has the Trainer save a model also where FSDP's checkpoints are shards: there, it would save nothing."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None or self.staging:
-            return nullcontext()
-        return replaced(plugin, "state_dict_type", StateDictType.FULL_STATE_DICT)
 
     @contextmanager
     def saving(self, args: SPINConfig, state: TrainerState, game: Game):
@@ -91,12 +84,19 @@ def keep_model(trainer: Trainer, game: Game, processes: Processes, iteration: in
     directory = model_dir(trainer.args.output_dir, iteration)
     with explain_write_error(directory):
         if iteration >= 0:
-            trainer.save_model(str(directory))
+            save_model(trainer, directory)
         else:  # the Trainer has not prepared it yet, but ZeRO-3 may have loaded it in shards
             with DistributedBackend(trainer.accelerator).gather_params(list(trainer.model.parameters())):
                 trainer._save(str(directory))
         processes.on_main(lambda: seal(directory, run=game.settings["run"], iteration=iteration))
     return directory
+
+
+def save_model(trainer: Trainer, directory: str | Path):
+    """Saves the model, also where FSDP's checkpoints are shards: there, the Trainer would save nothing."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    with replaced(plugin, "state_dict_type", StateDictType.FULL_STATE_DICT) if plugin else nullcontext():
+        trainer.save_model(str(directory))
 
 
 def load_model(trainer: Trainer, directory: Path):
