@@ -132,7 +132,7 @@ def result_of(trainer: SPINTrainer) -> dict[str, str | dict]:
     for name, tensor in sorted(trainer.model.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     result = {"weights": digest.hexdigest()}
-    for pattern in ("self_play/iteration-*/*.parquet", "iteration-1/*.safetensors"):
+    for pattern in ("self_play/iteration-*/*.arrow", "iteration-1/*.safetensors"):
         for path in sorted(output_dir.glob(pattern)):
             result[str(path.relative_to(output_dir))] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted([*output_dir.glob("iteration-*/self_play.json"), *output_dir.glob("self_play/*/probes.json")]):

@@ -206,13 +206,13 @@ def test_the_best_checkpoint_is_kept_under_its_own_name(tmp_path):
 
 def test_a_damaged_game_is_named_and_made_again(run, caplog):
     output_dir, expected = run
-    shard = game_dir(output_dir, 1) / "train-00000.parquet"
+    shard = game_dir(output_dir, 1) / "train-00000.arrow"
     before = shard.read_bytes()
     flip_a_byte(shard)
-    with pytest.raises(ValueError, match="train-00000.parquet is damaged"):
+    with pytest.raises(ValueError, match="train-00000.arrow is damaged"):
         load_game(str(output_dir), 1)
     assert_same_weights(resume(output_dir), expected)
-    assert "checkpoint-8" in caplog.text and "train-00000.parquet is damaged" in caplog.text
+    assert "checkpoint-8" in caplog.text and "train-00000.arrow is damaged" in caplog.text
     assert shard.read_bytes() == before
 
 
@@ -228,7 +228,7 @@ def test_an_edited_shard_of_completions_is_named_and_made_again(tmp_path, caplog
         patch.setattr("trl_spin.callbacks.SelfPlayCallback.score", scored)
         with pytest.raises(Killed):
             make_trainer(tmp_path, generation_token_budget=130).train()
-    first, *others = sorted(tmp_path.glob("self_play/iteration-0/completions-*/train-*.parquet"))
+    first, *others = sorted(tmp_path.glob("self_play/iteration-0/completions-*/train-*.arrow"))
     assert others
     flip_a_byte(first)
     trainer = make_trainer(tmp_path, generation_token_budget=130)
@@ -254,7 +254,7 @@ def test_the_manifest_says_what_the_game_depends_on(stopped):
 
 def test_a_run_of_another_schema_is_refused(run, monkeypatch):
     monkeypatch.setattr("trl_spin.run.files.SCHEMA_VERSION", 99)
-    with pytest.raises(ValueError, match="run.json has the schema version 3, this trl-spin reads 99"):
+    with pytest.raises(ValueError, match="run.json has the schema version 4, this trl-spin reads 99"):
         resume(run[0])
 
 
@@ -429,7 +429,7 @@ def test_the_remedy_of_a_full_memory_works(tmp_path, stopped, monkeypatch):
 @pytest.mark.parametrize(
     "full",
     [
-        "self_play/iteration-1/train-00000.parquet.tmp",
+        "self_play/iteration-1/train-00000.arrow.tmp",
         ".saving/checkpoint-6/optimizer.pt",
         "iteration-0/self_play.json.tmp",
     ],

@@ -13,8 +13,10 @@
 # limitations under the License.
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -28,6 +30,7 @@ from conftest import (
     make_tokenizer,
     make_trainer,
 )
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LogitsProcessorList
 
@@ -37,7 +40,7 @@ from trl_spin.engines.base import LARGE_BATCH
 from trl_spin.engines.continuous_batching import ContinuousBatching
 from trl_spin.engines.generate import SampleByRow, length_sorted_batches, sampling_processors, splitmix64
 from trl_spin.generation import row_seed
-from trl_spin.pairs import Rules
+from trl_spin.pairs import Columns, Rules
 from trl_spin.run.games import read_manifest
 from trl_spin.run.processes import Processes, StopSignal
 
@@ -56,8 +59,11 @@ def complete(model, tokenizer, prompts, tmp_path, seeds=None, max_length=None, e
         play_identical=False,
     )
     engine = chosen_engine(args)(args, Processes(accelerator, StopSignal(accelerator), quiet=True), rules)
-    seeds = seeds or [row_seed(0, i) for i in range(len(prompts))]
-    return engine.complete(model, prompts, seeds, args.max_completion_length, desc=None)
+    rows = Columns(Dataset.from_dict({"row": range(len(prompts)), "prompt_ids": prompts}))
+    seed_of = seeds.__getitem__ if seeds else partial(row_seed, 0)
+    completions = engine.complete(model, rows, seed_of, args.max_completion_length, desc=None)
+    assert completions["index"].to_pylist() == list(range(len(prompts)))
+    return completions.drop_columns("index").to_pylist()
 
 
 @pytest.fixture
@@ -143,8 +149,9 @@ def test_end_tokens_and_limits(tokenizer, prompts, tmp_path, engine):
     assert any(c["truncated"] for c in completions)
     # `max_length` holds for prompt plus completion, row by row
     completions = complete(model, tokenizer, prompts * 8, tmp_path, max_length=27, **ends)
-    assert all(len(c["prompt_ids"]) + len(c["generated_ids"]) <= 27 for c in completions)
-    assert max(len(c["generated_ids"]) for c in completions if len(c["prompt_ids"]) > 20) == 1
+    lengths = [(len(prompt), len(c["generated_ids"])) for prompt, c in zip(prompts * 8, completions, strict=True)]
+    assert all(prompt + generated <= 27 for prompt, generated in lengths)
+    assert max(generated for prompt, generated in lengths if prompt > 20) == 1
 
 
 def test_the_models_own_sampling_settings_do_not_leak_in(model, tokenizer, prompts, tmp_path):
@@ -200,12 +207,12 @@ def test_generation_leaves_no_trace(tmp_path):
 
 
 def test_batches_are_sorted_by_length_and_keep_the_budget():
-    lengths = [3, 50, 7, 8, 50, 1, 2]
+    lengths = np.array([3, 50, 7, 8, 50, 1, 2])
     batches = length_sorted_batches(lengths, lambda longest: 100 // longest)
-    assert sorted(sum(batches, [])) == list(range(7))
-    assert batches[0] == [1, 4]
-    assert all(len(batch) * max(lengths[i] for i in batch) <= 100 for batch in batches)
-    assert length_sorted_batches([500], lambda longest: 0) == [[0]]
+    assert sorted(np.concatenate(batches)) == list(range(7))
+    assert batches[0].tolist() == [1, 4]
+    assert all(len(batch) * lengths[batch].max() <= 100 for batch in batches)
+    assert length_sorted_batches(np.array([500]), lambda longest: 0) == [[0]]
 
 
 @pytest.mark.parametrize(
@@ -221,16 +228,15 @@ def test_large_batches_are_even(tmp_path, tokenizer, num_prompts, num_processes,
     rules = Rules(tokenizer, [0], None, truncated="keep", play_empty=False, play_identical=False)
     processes = Processes(accelerator, StopSignal(accelerator), quiet=True)
     engine = ContinuousBatching(make_args(tmp_path, **CONTINUOUS), processes, rules)
-    batches = engine.batches([[0]] * num_prompts, 1)
+    batches = engine.batches(np.ones(num_prompts, int), 1)
     assert [len(batch) for batch in batches] == sizes
-    assert sorted(sum(batches, [])) == list(range(num_prompts))
+    assert sorted(np.concatenate(batches)) == list(range(num_prompts))
 
 
-def test_prompts_come_back_as_the_model_saw_them(model, tokenizer, prompts, tmp_path):
+def test_the_model_sees_the_prompts_as_they_are(model, tokenizer, prompts, tmp_path):
     seen = []
     model.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["input_ids"]), with_kwargs=True)
-    completions = complete(model, tokenizer, prompts, tmp_path, max_completion_length=3)
-    assert [c["prompt_ids"] for c in completions] == prompts
+    complete(model, tokenizer, prompts, tmp_path, max_completion_length=3)
     rows = [[t for t in row.tolist() if t != tokenizer.pad_token_id] for row in seen[0]]
     assert sorted(rows) == sorted(prompts)
 

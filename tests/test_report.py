@@ -296,7 +296,7 @@ def test_a_run_that_stopped_in_the_middle(tmp_path):
 
     for path in tmp_path.glob("checkpoint-*/trainer_state.json"):
         path.unlink()
-    (shard,) = (tmp_path / "self_play/iteration-1").glob("*.parquet")
+    (shard,) = (tmp_path / "self_play/iteration-1").glob("*.arrow")
     shard.write_bytes(shard.read_bytes()[:-10])
     page = Page(write_report(tmp_path))
     assert "There are no curves" in page.text and f"{shard.relative_to(tmp_path)} is damaged" in page.text

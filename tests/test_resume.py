@@ -47,7 +47,7 @@ FILE_POINTS = {
     "while the model of an iteration is kept": ("os.rename", "iteration-0/self_play.json", 1),
     "between iterations": ("os.mkdir", "self_play/iteration-1/completions-*", 1),
     "in generation": ("open", "self_play/iteration-1/completions-*/*.tmp", 2),
-    "while a shard is written": ("os.rename", "self_play/iteration-1/completions-*/*.parquet", 2),
+    "while a shard is written": ("os.rename", "self_play/iteration-1/completions-*/*.arrow", 2),
     "while the game is stored": ("os.rename", "self_play/iteration-1/manifest.json", 1),
     "between store and swap": ("shutil.rmtree", "self_play/iteration-1/completions-*", 1),
     "when a checkpoint is begun": ("os.mkdir", ".saving/checkpoint-8", 1),
@@ -358,7 +358,7 @@ def assert_told_how_to_go_on(output_dir: Path) -> str:
 
 
 def shards(output_dir: Path, name: str = f"train-{64 * '?'}") -> set[Path]:
-    return set(output_dir.glob(f"self_play/iteration-*/completions-*/{name}.parquet"))
+    return set(output_dir.glob(f"self_play/iteration-*/completions-*/{name}.arrow"))
 
 
 def test_signals_stop_a_run_and_lose_nothing(tmp_path, straight):

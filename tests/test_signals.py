@@ -36,7 +36,7 @@ from trl_spin.measures import Measures
 from trl_spin.pairs import PAIR_FEATURES
 from trl_spin.report import tables
 from trl_spin.report.reader import read_run
-from trl_spin.report.signals import auc, describe_game, distinct_ngrams, find_warnings, proportion_interval, repetition
+from trl_spin.report.signals import auc, describe_game, find_warnings, proportion_interval
 from trl_spin.report.tables import show_table
 from trl_spin.run.files import write_json
 from trl_spin.run.games import load_game
@@ -59,13 +59,6 @@ def test_intervals():
     assert proportion_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert proportion_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     assert proportion_interval(0.0, 10)[0] == pytest.approx(0.0, abs=1e-9)
-
-
-def test_diversity():
-    assert distinct_ngrams([[1, 2, 1, 2], [1]], 2) == pytest.approx(2 / 3)
-    assert distinct_ngrams([[1]], 2) == 0.0
-    assert repetition([[1, 2, 3, 4, 1, 2, 3, 4], [5]]) == pytest.approx(0.1)
-    assert repetition([[7] * 8]) == pytest.approx(4 / 5)
 
 
 def make_pairs(real, generated, real_nll=1.0, **flags):
@@ -94,6 +87,16 @@ def judged(pairs, **context):
     """A game with what it is judged by: unless said otherwise, nothing is wrong with its data."""
     fine = {"num_pairs": len(pairs), "limit": 8, "beyond_limit": 0.0, "fitting": 8, "text": False}
     return describe_game(pairs) | fine | {"unplayed": "identical", "nll_before": 1.0} | context
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])  # of a slice
+def test_diversity(monkeypatch, size):
+    monkeypatch.setattr("trl_spin.report.signals._SLICE", size)
+    described = describe_game(make_pairs([[1, 2, 1, 2], [1], [], [1]], [[1, 2, 3, 4, 1, 2, 3, 4], [7] * 8, [5], []]))
+    names = [
+        f"{name}_{side}" for side in ("real", "generated") for name in ("distinct", "distinct_bigrams", "repetition")
+    ]
+    assert [described[name] for name in names] == pytest.approx([3 / 4, 2 / 3, 0, 1, 5 / 14, (1 / 5 + 4 / 5) / 4])
 
 
 FINE, FEW = make_pairs(texts(8, 0), texts(8, 1)), make_pairs(texts(12, 0, num=6), texts(8, 1, num=6))

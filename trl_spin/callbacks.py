@@ -25,7 +25,7 @@ from .engines import Engine
 from .generation import check_played, generate_pairs, score
 from .measures import Measures
 from .pairs import Game, Pairs, opponents
-from .run.games import Request, find_stored, load_game, store_game
+from .run.games import Request, find_stored, load_game, remove_completions, store_game
 from .run.logs import logger
 from .run.processes import Processes
 from .run.resume import library_versions
@@ -61,15 +61,14 @@ class SelfPlayCallback(TrainerCallback):
         iteration, epoch, step = self.game.schedule.locate(state.global_step)
         if self.game.schedule.begins(state.global_step):
             request = self.promote(iteration)
-            pairs = self.find_stored(request)  # of a run that stopped between store and swap
-            if pairs is None:
+            if not self.find_stored(request):  # of a run that stopped between store and swap
                 pairs = self.generate(request)  # y' ~ p_θt(·|x)
                 pairs = self.score(request, pairs)  # log p_θt(y|x), log p_θt(y'|x)
                 self.store(request, pairs)
-            self.swap(iteration, pairs.datasets, at_start=True)
+                del pairs  # from here on, they are read from the files of the game
+            self.swap(iteration, at_start=True)
         elif not self.game.started:  # resumed in the middle of an iteration
-            pairs = self.processes.on_main(load_game, args.output_dir, iteration, self.game.settings["run"])
-            self.swap(iteration, pairs, at_start=False)
+            self.swap(iteration, at_start=False)
         elif step != 0:
             fault = f"An epoch ended at step {state.global_step}, but iterations are made of whole epochs"
             raise ValueError(f"{fault}: do not set `control.should_epoch_stop` in a callback.")
@@ -84,12 +83,12 @@ class SelfPlayCallback(TrainerCallback):
             self.trainer.optimizer.state.clear()
         return self.request(iteration)
 
-    def find_stored(self, request: Request) -> Pairs | None:
-        """The pairs of this very opponent, if they are stored already."""
-        stored = self.processes.on_main(find_stored, self.trainer.args.output_dir, request)
-        if stored is not None:
-            self.trainer.log(dict(stored[1]))
-        return stored and Pairs(*stored)
+    def find_stored(self, request: Request) -> bool:
+        """Whether the pairs of this very opponent are stored already."""
+        metrics = self.processes.on_main(find_stored, self.trainer.args.output_dir, request)
+        if metrics is not None:
+            self.trainer.log(metrics)
+        return metrics is not None
 
     def generate(self, request: Request) -> Pairs:
         """The opponent completes every prompt. Those of earlier opponents are added as `opponent_history` asks."""
@@ -143,8 +142,11 @@ class SelfPlayCallback(TrainerCallback):
         self.processes.write(output_dir, store_game, output_dir, iteration, pairs.datasets, manifest)
         self.trainer.log(dict(metrics))
 
-    def swap(self, iteration: int, pairs: dict[str, Dataset], at_start: bool):
-        """Puts the pairs in the place of the last iteration's, for training and evaluation."""
+    def swap(self, iteration: int, at_start: bool):
+        """Puts the stored pairs in the place of the last iteration's, for training and evaluation."""
+        output_dir, on_main = self.trainer.args.output_dir, self.processes.on_main
+        pairs = on_main(load_game, output_dir, iteration, self.game.settings["run"])
+        on_main(remove_completions, output_dir, iteration)
         self.game.swap(iteration, pairs, at_start)
 
     def request(self, iteration: int) -> Request:
@@ -155,4 +157,4 @@ class SelfPlayCallback(TrainerCallback):
     def complete(self, request: Request, names: list[str]) -> tuple[dict[str, Dataset], int]:
         """The opponent's pairs on these datasets, and the number of tokens that it generated for them."""
         trainer = self.trainer
-        return generate_pairs(self.engine, trainer.model_wrapped, self.game, trainer.args, request, names)
+        return generate_pairs(self.engine, trainer.model_wrapped, self.game, request, names)

@@ -23,19 +23,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import extract_prompt
 
-from .pairs import Rules
+from .pairs import IDS, Rules
 from .report.tables import printable
 from .run.logs import logger
 from .spin_config import SPINConfig
 
 
-_IDS = List(Value("int64"))
-_FEATURES = Features({"row": Value("int64"), "prompt_ids": _IDS, "real_ids": _IDS, "left_out": Value("string")})
+_FEATURES = Features({"row": Value("int64"), "prompt_ids": IDS, "real_ids": IDS, "left_out": Value("string")})
 # Why a row is left out before generation
 LEFT_OUT = {
     "too_long": "prompt and real completion do not fit `max_length`",
@@ -260,8 +259,9 @@ class RowReader:
                 f"No row of the {self.name} dataset is left: {dict(counts)}. If `too_long`, raise `max_length` "
                 f"({rules.max_length})."
             )
-        prepared = encoded.filter(lambda reason: reason is None, input_columns="left_out")
-        return prepared.remove_columns("left_out"), counts
+        if counts:  # written anew, so that the rest is read from where it is
+            encoded = encoded.filter(lambda reason: reason is None, input_columns="left_out").flatten_indices()
+        return encoded.remove_columns("left_out"), counts
 
     def _encode(self, row: dict, index: int, rows: list[int] | None, rules: Rules) -> dict[str, Any]:
         """Token ids of a row, and why it is left out. Its number is `rows[index]`, where a subset is taken."""

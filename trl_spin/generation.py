@@ -15,24 +15,28 @@
 """The opponent completes, the reference scores: what is computed at a boundary, on plain arguments."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
 import torch
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from .engines import Engine
 from .engines.generate import length_sorted_batches
 from .pairs import PAIR_FEATURES, Columns, Game, Rules, as_preference, with_logps
-from .run.games import Request, read_completions, read_rows, write_rows
+from .run.games import Request, committed, read_completions, read_rows, write_pairs, write_rows
 from .run.logs import logger
 from .run.processes import Processes, explain_out_of_memory
-from .spin_config import SPINConfig
 
+
+# Pairs that are made, and in memory, at a time
+_SLICE = 1000
 
 # Summed log-probs of the real and of the generated completions of some pairs, see [`~pairs.as_preference`]
 LogProbs = Callable[[list[dict[str, Any]]], tuple[torch.Tensor, torch.Tensor]]
@@ -47,40 +51,77 @@ def row_seed(*position: Any) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def make_pairs(rows: Dataset, completions: list[dict], rules: Rules, opponent: int, held_out: bool) -> Dataset:
-    """Pairs of the real and the generated completions of all rows, without reference log-probs."""
-    columns = Columns(rows)
-    pairs = [rules.make_pair(columns[i], completion, opponent, held_out) for i, completion in enumerate(completions)]
-    return Dataset.from_list(pairs, features=PAIR_FEATURES)
+def commit_completions(
+    engine: Engine, model: torch.nn.Module, game: Game, request: Request, name: str, share: tuple[int, int] = (0, 1)
+) -> np.ndarray:
+    """
+    Commits the opponent's completions of a dataset's prompts to disk, every few minutes. Those that are there already,
+    from a stopped run or a worker elsewhere, are not generated again.
+
+    Args:
+        engine ([`~engines.Engine`]):
+            What generates.
+        model (`torch.nn.Module`):
+            Opponent.
+        game ([`~pairs.Game`]):
+            Game.
+        request ([`~run.games.Request`]):
+            For which iteration, and where completions are committed.
+        name (`str`):
+            Name of the dataset.
+        share (`tuple[int, int]`, *optional*, defaults to `(0, 1)`):
+            With (i, n), only rows are completed whose index is i modulo n.
+
+    Returns:
+        `np.ndarray`: Whether each row was missing, and is now completed.
+    """
+    dataset, args, iteration, write = game.datasets[name], engine.args, request.iteration, engine.processes.write
+    directory, indices = request.directory(args.output_dir), np.arange(len(dataset))
+    found = engine.processes.on_main(read_completions, args.output_dir, request, name, len(dataset))
+    done = np.isin(indices, committed(found)[0])
+    if done.any() and name == "train":
+        counted = f"{done.sum()} of {len(dataset)} {name} prompts have been completed already"
+        logger.warning(f"Iteration {iteration}: {counted}. Their completions are used.")
+    missing, seed_of = ~done & (indices % share[1] == share[0]), partial(row_seed, args.seed, iteration, name)
+    limit, desc = args.max_completion_length, f"Iteration {iteration}: completing {name} prompts"
+    commit = partial(write, directory, write_rows, directory, name)
+    engine.complete(model, dataset.columns, seed_of, limit, desc, commit, ~missing)
+    return missing
+
+
+def pair_completions(game: Game, output_dir: str, request: Request, name: str) -> Dataset:
+    """
+    The opponent's pairs on a dataset, made of the committed completions slice by slice, in a file beside them. Raises
+    a `ValueError` if some are missing.
+    """
+    dataset, iteration, schema = game.datasets[name], request.iteration, PAIR_FEATURES.arrow_schema
+    shards = read_completions(output_dir, request, name, len(dataset))
+    indices, positions = committed(shards)
+    if len(indices) < len(dataset):
+        missing = f"{len(dataset) - len(indices)} of {len(dataset)} completions of the {name} dataset"
+        raise ValueError(f"Iteration {iteration}: {missing} are not there. Resume the run to make them.")
+    rows = zip(dataset.columns, map(Columns(concatenate_datasets(shards)).__getitem__, positions), strict=True)
+    pairs = (game.rules.make_pair(*row, iteration, held_out=name != "train") for row in rows)
+    slices = iter(lambda: list(islice(pairs, _SLICE)), [])
+    tables = (pyarrow.Table.from_pylist(part, schema) for part in slices)
+    return write_pairs(request.directory(output_dir) / f"{name}-pairs.arrow", tables, schema)
 
 
 def generate_pairs(
-    engine: Engine, model: torch.nn.Module, game: Game, args: SPINConfig, request: Request, names: list[str]
+    engine: Engine, model: torch.nn.Module, game: Game, request: Request, names: list[str]
 ) -> tuple[dict[str, Dataset], int]:
-    """
-    The opponent's pairs on some datasets of the game, and the number of tokens that it generated for them. Completions
-    are committed to disk every few minutes, and those that a stopped run has committed are used.
-    """
-    iteration, processes, num_tokens, pairs = request.iteration, engine.processes, 0, {}
-    directory = request.directory(args.output_dir)
-    stored = processes.on_main(read_completions, args.output_dir, request, names)
+    """The opponent's pairs on some datasets of the game, and the number of tokens that it generated for them."""
+    pairs, num_tokens, output_dir = {}, 0, engine.args.output_dir
     for name in names:
-        rows, done = game.datasets[name].rows, stored[name]
-        if done and name == "train":
-            found = f"{len(done)} of {len(rows)} {name} prompts have been completed already"
-            logger.warning(f"Iteration {iteration}: {found}. Their completions are used.")
-        commit = partial(processes.write, directory, write_rows, directory, name)
-        prompts, seeds = rows["prompt_ids"][:], [row_seed(args.seed, iteration, name, row) for row in rows["row"][:]]
-        desc = f"Iteration {iteration}: completing {name} prompts"
-        completions = engine.complete(model, prompts, seeds, args.max_completion_length, desc, done, commit)
-        num_tokens += sum(len(c["generated_ids"]) for i, c in enumerate(completions) if i not in done)
-        pairs[name] = make_pairs(rows, completions, game.rules, iteration, held_out=name != "train")
+        missing = commit_completions(engine, model, game, request, name)
+        pairs[name] = engine.processes.write(output_dir, pair_completions, game, output_dir, request, name)
+        num_tokens += int(Columns(pairs[name]).lengths("generated_ids")[missing].sum())
     return pairs, num_tokens
 
 
 def check_played(pairs: Dataset, rules: Rules, iteration: int):
     """Raises a `ValueError` if there is no pair to learn from."""
-    if any(pairs["played"][:]):
+    if any(pairs["played"]):
         return
     shares = ", ".join(f"{sum(pairs[kind][:])} are {kind}" for kind in ("empty", "identical", "truncated"))
     examples = pairs.select(range(min(3, len(pairs))))
@@ -121,30 +162,39 @@ def score(
         `ValueError`: If a log-prob is not finite.
     """
     columns = Columns(pairs)
-    lengths = columns.pair_lengths().tolist()
-    batches = length_sorted_batches(lengths, lambda longest: batch_size * max(lengths) // longest)
+    logps = {side: np.full(len(pairs), np.nan, np.float32) for side in ("real", "generated")}
+
+    def note(scores: pyarrow.Table):
+        for side, values in logps.items():
+            values[scores["index"].to_numpy()] = scores[side].to_numpy()
+
     # Of these very pairs: completions that were lost may have been drawn anew
     scores_name = f"{name}-scores-{columns.fingerprint()[:16]}"
-    done = directory and processes.on_main(read_rows, directory, scores_name)
+    for shard in processes.on_main(read_rows, directory, scores_name) if directory is not None else ():
+        note(shard.data)
 
-    def score_batch(batch: list[int]) -> list[dict[str, float]]:
+    def score_batch(batch: np.ndarray) -> pyarrow.Table:
         remedy = f"Lower `precompute_ref_batch_size` ({batch_size}), here and on resume."
         with explain_out_of_memory("scoring", remedy):
-            real, generated = logps_of([as_preference(columns[i]) for i in batch])
-        return [{"real": r, "generated": g} for r, g in zip(real.tolist(), generated.tolist(), strict=True)]
+            scores = logps_of([as_preference(columns[i]) for i in batch])
+        real, generated = (values.float().numpy(force=True) for values in scores)
+        return pyarrow.table({"real": real, "generated": generated, "index": batch})
 
-    def commit(scores: list[tuple[int, dict[str, float]]]):
-        for i, logps in scores:
-            if not all(map(math.isfinite, logps.values())):
-                raise ValueError(
-                    f"The model's log-probs of row {columns.scalars['row'][i]} of the {name} dataset are "
-                    f"{logps['real']} (real completion) and {logps['generated']} (generated completion): its weights "
-                    "or activations overflow. Train in bfloat16 or float32, not float16, lower the learning rate, or "
-                    "check the model that self-play started from."
-                )
+    def commit(scores: pyarrow.Table):
+        note(scores)
+        real, generated, index = (scores[column].to_numpy() for column in scores.column_names)
+        for i in np.flatnonzero(~np.isfinite(real + generated))[:1]:
+            raise ValueError(
+                f"The model's log-probs of row {columns[index[i]]['row']} of the {name} dataset are {real[i]} (real "
+                f"completion) and {generated[i]} (generated completion): its weights or activations overflow. Train "
+                "in bfloat16 or float32, not float16, lower the learning rate, or check the model that self-play "
+                "started from."
+            )
         if directory is not None:
             processes.write(directory, write_rows, directory, scores_name, scores)
 
-    scores = processes.map(batches, score_batch, f"Scoring {name} pairs", done, commit)
+    lengths = columns.pair_lengths()
+    batches = length_sorted_batches(lengths, lambda longest: batch_size * int(lengths.max()) // longest)
+    processes.map(batches, score_batch, f"Scoring {name} pairs", commit, ~np.isnan(logps["real"]))
     clear_device_cache()
-    return with_logps(pairs, [(logps["real"], logps["generated"]) for logps in scores])
+    return with_logps(pairs, logps)

@@ -216,4 +216,4 @@ class LengthGroupedSampler(Sampler[int]):
         mega_batch = np.arange(num_full) // (size * max(1, min(_MEGA_BATCH, len(lengths) // (4 * size))))
         steps = order[np.lexsort((-(lengths[order] // _LENGTH_SPAN), mega_batch))].reshape(-1, size)
         # The first mega-batch begins with the longest row
-        return iter(np.concatenate([*steps[:1], *random.permutation(steps[1:]), rest]).tolist())
+        return map(int, np.concatenate([steps[:1].ravel(), random.permutation(steps[1:]).ravel(), rest]))

@@ -15,14 +15,13 @@
 """Pairs of a real and a generated completion: what makes one, who its opponent is, and the dataset that holds them."""
 
 import hashlib
-import json
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.compute
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features, List, Value
@@ -32,11 +31,13 @@ from transformers import PreTrainedTokenizerBase
 from .schedule import Schedule
 
 
+# As on disk: no vocabulary needs more than four bytes for a token
+IDS = List(Value("int32"))
 # One row per pair. `row` is the index in the user's dataset, `opponent` the iteration whose opponent wrote the
 # completion
 PAIR_FEATURES = Features(
     {name: Value("int64") for name in ("row", "opponent")}
-    | {name: List(Value("int64")) for name in ("prompt_ids", "real_ids", "generated_ids")}
+    | dict.fromkeys(("prompt_ids", "real_ids", "generated_ids"), IDS)
     | {name: Value("bool") for name in ("truncated", "empty", "identical", "played")}
     | {name: Value("float32") for name in ("ref_real_logps", "ref_generated_logps")}
 )
@@ -78,15 +79,14 @@ class Rules:
         """Completions or prompts as text, without special tokens."""
         return self.tokenizer.batch_decode(ids[:], skip_special_tokens=True)
 
-    def finish(self, prompt_ids: list[int], generated_ids: list[int], limit: int) -> dict[str, Any]:
+    def finish(self, generated_ids: list[int], limit: int) -> tuple[list[int], bool]:
         """
         Cuts what comes from an engine, which goes on until the whole batch has ended, at the limit and at its first
-        end token: an end token stands where one was sampled and nowhere else.
+        end token: an end token stands where one was sampled and nowhere else. Returns whether there was none as well.
         """
         ids = generated_ids[:limit]
         end = next((i for i, token in enumerate(ids) if token in self.end_token_ids), None)
-        ids = ids if end is None else ids[: end + 1]
-        return {"prompt_ids": prompt_ids, "generated_ids": ids, "truncated": end is None}
+        return ids if end is None else ids[: end + 1], end is None
 
     def make_pair(self, row: dict, completion: dict, opponent: int, held_out: bool) -> dict[str, Any]:
         """A pair without reference log-probs. Held out, nothing is trained: every pair counts."""
@@ -100,7 +100,7 @@ class Rules:
             or (empty and not self.play_empty)
             or (truncated and self.truncated == "drop")
         )
-        ids = {"prompt_ids": completion["prompt_ids"], "real_ids": real_ids, "generated_ids": generated_ids}
+        ids = {"prompt_ids": row["prompt_ids"], "real_ids": real_ids, "generated_ids": generated_ids}
         flags = {"truncated": truncated, "empty": empty, "identical": identical, "played": held_out or not left_out}
         logps = {"ref_real_logps": 0.0, "ref_generated_logps": 0.0}
         return {"row": row["row"], "opponent": opponent, **ids, **flags, **logps}
@@ -108,49 +108,57 @@ class Rules:
 
 class Columns:
     """
-    Rows of a dataset, read from its columns in memory. `datasets` takes 50 to 150 microseconds for each row, and as
-    much for each value of a column that is not read at once (datasets 5.2): with small models, that would be most of a
-    run.
+    Rows of a dataset, read from its columns where these are: in memory or, as those of a game, mapped from files.
+    `datasets` takes 50 to 150 microseconds for each row, and as much for each value of a column that is not read at
+    once (datasets 5.2): with small models, that would be most of a run.
     """
 
     def __init__(self, dataset: Dataset):
-        table = dataset.with_format("arrow")[:]
-        self.scalars, self._lists = {}, {}
-        for name, column in zip(table.column_names, table.columns, strict=True):
-            column = column.combine_chunks()
-            if pyarrow.types.is_list(column.type):
-                lengths = pyarrow.compute.list_value_length(column).to_numpy()
-                self._lists[name] = column.flatten().to_numpy(), np.concatenate([[0], np.cumsum(lengths)])
-            else:
-                self.scalars[name] = column.to_pylist()
+        self._dataset, self._starts, self._chunks = dataset, [0], []
+        for batch in dataset.with_format("arrow")[:].to_batches():
+            self._starts.append(self._starts[-1] + len(batch))
+            self._chunks.append({name: _views(batch[name]) for name in batch.schema.names})
+
+    def __reduce__(self):  # for processes of a dataloader: they map the files, too
+        return Columns, (self._dataset,)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = {name: values[index] for name, values in self.scalars.items()}
-        for name, (values, ends) in self._lists.items():
-            row[name] = values[ends[index] : ends[index + 1]].tolist()
+        chunk = bisect_right(self._starts, index) - 1
+        i, row = index - self._starts[chunk], {}
+        for name, (values, ends) in self._chunks[chunk].items():
+            row[name] = values.item(i) if ends is None else values[ends.item(i) : ends.item(i + 1)].tolist()
         return row
+
+    def values(self, name: str) -> np.ndarray:
+        """A column of numbers or flags."""
+        return np.concatenate([chunk[name][0] for chunk in self._chunks])
 
     def lengths(self, name: str) -> np.ndarray:
         """Length of each list of a column."""
-        return np.diff(self._lists[name][1])
+        return np.concatenate([np.diff(chunk[name][1]) for chunk in self._chunks], dtype=np.int64)
 
     def pair_lengths(self) -> np.ndarray:
         """Tokens of prompt, real and generated completion of each pair together."""
         prompt, real, generated = (self.lengths(f"{part}_ids") for part in ("prompt", "real", "generated"))
-        return prompt + real + np.where(self.scalars["played"], generated, real)
+        return prompt + real + np.where(self.values("played"), generated, real)
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the content, whatever file it came from."""
-        digest = hashlib.sha256(json.dumps(self.scalars).encode())
-        for values, ends in self._lists.values():
-            digest.update(ends.tobytes() + values.tobytes())
+    def fingerprint(self, *names: str) -> str:
+        """SHA-256 of the content of some columns, or of all, whatever file it came from."""
+        digest = hashlib.sha256()
+        for name in names or self._dataset.column_names:
+            digest.update(name.encode())
+            for values, ends in (chunk[name] for chunk in self._chunks):
+                digest.update(values if ends is None else np.diff(ends))
+            for values, ends in (chunk[name] for chunk in self._chunks):
+                digest.update(b"" if ends is None else values[ends[0] : ends[-1]])
         return digest.hexdigest()
 
-    def same(self, name: str, other: "Columns") -> bool:
-        """Whether a column is the same as another's."""
-        if name in self.scalars:
-            return self.scalars[name] == other.scalars[name]
-        return all(map(np.array_equal, self._lists[name], other._lists[name]))
+
+def _views(column: pyarrow.Array) -> tuple[np.ndarray, np.ndarray | None]:
+    """The values of a column, not copied, and where its lists begin and end in them if it holds lists."""
+    if pyarrow.types.is_list(column.type):
+        return column.values.to_numpy(), column.offsets.to_numpy()
+    return column.to_numpy(zero_copy_only=False), None
 
 
 def as_preference(pair: dict[str, Any]) -> dict[str, Any]:
@@ -215,11 +223,6 @@ class GameDataset(torch.utils.data.Dataset):
     def column_names(self) -> list[str]:
         return list(self[0])
 
-    @property
-    def all_played(self) -> bool:
-        """Whether no pair is left out."""
-        return all(all(columns.scalars["played"]) for columns in self._columns)
-
     def lengths(self) -> np.ndarray:
         """Tokens of each row in this epoch: prompt, real and generated completion."""
         if not self._columns:
@@ -232,6 +235,7 @@ class GameDataset(torch.utils.data.Dataset):
         """Forgets the pairs."""
         self.pairs: list[Dataset] = []  # one dataset per opponent, the newest first
         self._columns: list[Columns] = []
+        self.all_played = True  # no pair is left out
 
     def swap(self, pairs: Dataset):
         """
@@ -249,7 +253,7 @@ class GameDataset(torch.utils.data.Dataset):
         columns = [Columns(opponent) for opponent in by_opponent]
         for opponent, theirs in zip(by_opponent, columns, strict=True):
             for column in ("row", "prompt_ids"):
-                if not self.columns.same(column, theirs):
+                if self.columns.fingerprint(column) != theirs.fingerprint(column):
                     raise ValueError(
                         f"The pairs for the {self.name} dataset were generated from other prompts than its own "
                         f"(column `{column}`, opponent {opponent['opponent'][0]}, {len(opponent)} pairs for "
@@ -257,6 +261,7 @@ class GameDataset(torch.utils.data.Dataset):
                         "`output_dir`."
                     )
         self.pairs, self._columns = by_opponent, columns
+        self.all_played = all(theirs.values("played").all() for theirs in columns)
 
 
 @dataclass
@@ -327,12 +332,12 @@ class Game:
         self.iteration, self.at_start = iteration, at_start
 
 
-def with_logps(pairs: Dataset, logps: list[tuple[float, float]]) -> Dataset:
+def with_logps(pairs: Dataset, logps: dict[str, np.ndarray]) -> Dataset:
     """Pairs with the reference's summed log-probs of the real and of the generated completions."""
     table = pairs.data.table
-    for side, values in zip(("real", "generated"), zip(*logps, strict=True), strict=True):
+    for side, values in logps.items():
         position = table.column_names.index(f"ref_{side}_logps")
-        table = table.set_column(position, table.field(position), [pyarrow.array(values, pyarrow.float32())])
+        table = table.set_column(position, table.field(position), [pyarrow.array(values)])
     return Dataset(InMemoryTable(table))
 
 

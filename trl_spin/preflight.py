@@ -25,15 +25,16 @@ from pprint import pformat
 from typing import Any
 
 import torch
+from datasets import Dataset
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .engines.base import Engine, forked_rng
-from .generation import make_pairs, score
+from .generation import score
 from .memory import MemoryPlan, plan_memory
-from .pairs import Game, as_preference
+from .pairs import PAIR_FEATURES, Columns, Game, as_preference
 from .run.files import existing
 from .run.logs import logger
 from .run.processes import Processes
@@ -112,7 +113,7 @@ class PreflightCallback(TrainerCallback):
         lengths = columns.lengths("prompt_ids") + columns.lengths("real_ids")
         longest, shortest = int(lengths.argmax()), int(lengths.argmin())
         tried = list(dict.fromkeys([*sorted({longest, shortest}), 0]))
-        rows = game.train.rows.select(tried)
+        rows = Columns(game.train.rows.select(tried))
         training, batch_size = model.training, args.precompute_ref_batch_size or args.per_device_train_batch_size
 
         def logps_of(pairs: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,9 +123,10 @@ class PreflightCallback(TrainerCallback):
             return trainer.token_logps(trainer.model, self.collate(pairs))
 
         with forked_rng(processes.accelerator.device), torch.no_grad():
-            seeds, limit = list(range(len(rows))), min(args.max_completion_length, _TRIAL_TOKENS)
-            completions = self.engines[0].complete(model, rows["prompt_ids"][:], seeds, limit, desc=None)
-            pairs = make_pairs(rows, completions, game.rules, 0, held_out=False)
+            seed_of, limit = [row["row"] for row in rows].index, min(args.max_completion_length, _TRIAL_TOKENS)
+            completions = self.engines[0].complete(model, rows, seed_of, limit, desc=None).to_pylist()
+            pairs = [game.rules.make_pair(*row, 0, held_out=False) for row in zip(rows, completions, strict=True)]
+            pairs = Dataset.from_list(pairs, features=PAIR_FEATURES)
             model.eval()
             trainer.choose_layout(self.collate(map(as_preference, pairs)))
             # With a completion of the full length

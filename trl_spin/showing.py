@@ -16,6 +16,7 @@
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -25,7 +26,7 @@ from trl import DPOTrainer
 
 from .engines import Engine
 from .generation import row_seed
-from .pairs import Game
+from .pairs import Columns, Game
 from .report.signals import metric_prefix
 from .report.tables import log_line, show_table
 from .run.files import EXAMPLES, HISTORY, PROBES, atomic_open, game_dir, read_intact, write_json
@@ -109,13 +110,13 @@ class ProbeCallback(TrainerCallback):
         if args.num_probes and not self.processes.on_main(read_intact, path, "The prompts are probed again."):
             dataset = self.game.watched
             rows = dataset.rows.select(range(min(args.num_probes, len(dataset))))
-            seeds = [row_seed(args.seed, -1, f"{dataset.name} probes", row) for row in rows["row"][:]]
-            prompts, limit = rows["prompt_ids"][:], args.max_completion_length
-            completions = self.engine.complete(self.trainer.model_wrapped, prompts, seeds, limit, "Probes")
+            seed_of = partial(row_seed, args.seed, -1, f"{dataset.name} probes")
+            limit, model = args.max_completion_length, self.trainer.model_wrapped
+            completions = self.engine.complete(model, Columns(rows), seed_of, limit, "Probes").to_pydict()
             data, read_prompt = self.game.sources[dataset.name]
-            probes = pandas.DataFrame({"row": rows["row"][:], "truncated": [c["truncated"] for c in completions]})
+            probes = pandas.DataFrame({"row": rows["row"][:], "truncated": completions["truncated"]})
             probes["prompt"] = [_last_turn(read_prompt(data[row])) for row in rows["row"][:]]
-            ids = rows["real_ids"], [completion["generated_ids"] for completion in completions]
+            ids = rows["real_ids"], completions["generated_ids"]
             probes["real"], probes["generated"] = map(self.game.rules.decode, ids)
             self.processes.write(args.output_dir, write_json, path, {"probes": probes.to_dict("records")})
         if self.trainer.is_world_process_zero():

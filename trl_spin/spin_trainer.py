@@ -503,7 +503,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         left_out, (dataset, read_prompt) = sum(self.game.left_out["train"].values()), self.game.sources["train"]
         unsloth = ["unsloth"] if hasattr(self.model.config, "unsloth_version") else []
         dataset_name = dataset_name or (self.dataset_name if "/" in self.dataset_name else None)
-        prompt = read_prompt(dataset[self.game.train.columns.scalars["row"][0]])
+        prompt = read_prompt(dataset[self.game.train.rows[0]["row"]])
         if dataset_name is None or public_name(dataset_name) != dataset_name:  # nothing of it is quoted
             prompt = [{"role": "user", "content": "Hello!"}] if isinstance(prompt, list) else "Hello!"
         write_model_card(

@@ -15,11 +15,14 @@
 """What engines have in common: their interface, their registry, and the model made ready to generate."""
 
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import field, fields, make_dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+import pyarrow
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
@@ -30,7 +33,7 @@ from trl.distributed import DistributedBackend
 from trl.models.utils import unwrap_model_for_generation
 
 from ..compat import checkpointing_hidden
-from ..pairs import Rules
+from ..pairs import Columns, Rules
 from ..run.processes import Processes
 
 
@@ -95,58 +98,69 @@ class Engine:
         trainer is given its model, perhaps as a name, and when that is loaded.
         """
 
-    def batches(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Which prompts are completed together. By default large batches of similar size, as many on each process."""
+    def batches(self, lengths: np.ndarray, max_new_tokens: int) -> list[np.ndarray]:
+        """
+        Which prompts, of these lengths, are completed together. By default large batches of similar size, as many on
+        each process.
+        """
         num_processes = self.accelerator.num_processes
-        rounds = math.ceil(len(prompts) / (num_processes * LARGE_BATCH))
-        num_batches = min(len(prompts), rounds * num_processes)
-        return [list(range(start, len(prompts), num_batches)) for start in range(num_batches)]
+        rounds = math.ceil(len(lengths) / (num_processes * LARGE_BATCH))
+        num_batches = min(len(lengths), rounds * num_processes)
+        return [np.arange(start, len(lengths), num_batches) for start in range(num_batches)]
 
     def complete(
         self,
         model: torch.nn.Module,
-        prompts: list[list[int]],
-        seeds: list[int],
+        rows: Columns,
+        seed_of: Callable[[int], int],
         max_new_tokens: int,
         desc: str | None,
-        done: dict[int, dict[str, Any]] | None = None,
-        commit: Callable[[list[tuple[int, dict[str, Any]]]], None] | None = None,
-    ) -> list[dict[str, Any]]:
+        commit: Callable[[pyarrow.Table], None] | None = None,
+        done: np.ndarray | None = None,
+    ) -> pyarrow.Table | None:
         """
-        Completes all prompts. Model mode, gradient checkpointing and generation config are as before afterwards.
+        Completes the prompts of all rows. Model mode, gradient checkpointing and generation config are as before
+        afterwards.
 
         Args:
             model (`torch.nn.Module`):
                 Model as prepared for training.
-            prompts (`list[list[int]]`):
-                Token ids of the prompts.
-            seeds (`list[int]`):
-                One seed per prompt.
+            rows ([`~pairs.Columns`]):
+                Rows, with `row` and `prompt_ids`.
+            seed_of (`Callable[[int], int]`):
+                Seed of a row, by its `row`.
             max_new_tokens (`int`):
                 Longest completion, in tokens, where `max_length` does not end it before.
             desc (`str`, *optional*):
                 Title of the progress bar, if there should be one.
-            done (`dict[int, dict[str, Any]]`, *optional*):
-                Completions that are there already, by index of the prompt.
             commit (`Callable`, *optional*):
                 See [`~run.processes.Processes.map`].
+            done (`np.ndarray`, *optional*):
+                Whether each row needs no completion.
 
         Returns:
-            `list[dict[str, Any]]`: See [`~pairs.Rules.finish`]; one dict per prompt, in their order, on every process.
+            `pyarrow.Table` or `None`: `generated_ids`, whether they are `truncated` (see [`~pairs.Rules.finish`]), and
+            `index` of each row, in their order, if there is no `commit`.
         """
-        limits = [min(max_new_tokens, (self.rules.max_length or math.inf) - len(prompt)) for prompt in prompts]
+        lengths = rows.lengths("prompt_ids")
+        kept, limits = [], np.minimum(max_new_tokens, (self.rules.max_length or sys.maxsize) - lengths)
         with self.open(model) as generate:
 
-            def complete_batch(batch: list[int]) -> list[dict[str, Any]] | None:
-                longest = max(limits[i] for i in batch)
-                generated = generate([prompts[i] for i in batch], [seeds[i] for i in batch], longest)
+            def complete_batch(batch: np.ndarray) -> pyarrow.Table | None:
+                prompts, seeds = zip(*((rows[i]["prompt_ids"], seed_of(rows[i]["row"])) for i in batch), strict=True)
+                generated = generate(list(prompts), list(seeds), int(limits[batch].max()))
                 if generated is None:
                     return None
-                return [self.rules.finish(prompts[i], ids, limits[i]) for i, ids in zip(batch, generated, strict=True)]
+                of_row = zip(generated, limits[batch].tolist(), strict=True)
+                ids, truncated = zip(*(self.rules.finish(*row) for row in of_row), strict=True)
+                ids = pyarrow.array(ids, pyarrow.list_(pyarrow.int32()))
+                return pyarrow.table({"generated_ids": ids, "truncated": truncated, "index": batch})
 
-            completions = self.processes.map(self.batches(prompts, max_new_tokens), complete_batch, desc, done, commit)
+            self.processes.map(
+                self.batches(lengths, max_new_tokens), complete_batch, desc, commit or kept.append, done
+            )
         clear_device_cache()
-        return completions
+        return pyarrow.concat_tables(kept).sort_by("index") if kept else None
 
     def open(self, model: torch.nn.Module) -> AbstractContextManager[Complete]:
         """Completes prompts with the model as prepared for training, for as long as its weights stay as they are."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -27,14 +28,14 @@ from ..run.processes import explain_out_of_memory
 from .base import Complete, Engine, check_generation_kwargs, grpo_options, ready_to_generate
 
 
-def length_sorted_batches(lengths: list[int], max_size: Callable[[int], int]) -> list[list[int]]:
+def length_sorted_batches(lengths: np.ndarray, max_size: Callable[[int], int]) -> list[np.ndarray]:
     """
     Groups rows of similar length, the longest first so that running out of memory happens at once. `max_size` is the
     number of rows in a batch whose longest row has the given length.
     """
-    order, batches = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)), []
-    while order:
-        size = max(1, max_size(lengths[order[0]]))
+    order, batches = np.argsort(-lengths, kind="stable"), []
+    while len(order):
+        size = max(1, max_size(int(lengths[order[0]])))
         batches.append(order[:size])
         order = order[size:]
     return batches
@@ -120,8 +121,7 @@ class Generate(Engine):
 
         check_generation_kwargs(args, make)
 
-    def batches(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        lengths = [len(prompt) for prompt in prompts]
+    def batches(self, lengths: np.ndarray, max_new_tokens: int) -> list[np.ndarray]:
         return length_sorted_batches(lengths, lambda longest: (self.token_budget or 1) // (longest + max_new_tokens))
 
     @contextmanager

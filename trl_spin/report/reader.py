@@ -168,9 +168,9 @@ def _read_iteration(run: Run, number: int):
     record = _attempt(run, {}, load_json, model_dir(run.output_dir, number) / RECORD)
     completions = {}
     for name, pairs in _attempt(run, {}, load_game, str(run.output_dir), number).items():
-        table = pairs.data.table
-        # Completions by earlier opponents belong to earlier iterations
-        completions[name] = _measure(table.filter(compute.equal(table["opponent"], number)))
+        # Completions by earlier opponents, which come last, belong to earlier iterations
+        newest = compute.sum(compute.equal(pairs.data["opponent"], number)).as_py()
+        completions[name] = _measure(pairs.data.table.slice(0, newest))
     planned = {key: run.settings[key][number] for key in RECORDED_OPTIONS if number < len(run.settings.get(key, []))}
     values = planned | manifest["metrics"] | record
     examples = _attempt(run, {}, load_json, directory / EXAMPLES).get("examples", [])
@@ -182,7 +182,8 @@ def _measure(pairs: Table) -> pandas.DataFrame:
     What the figures show of pairs, by kind and side: `lengths` in tokens, the opponent's log-prob per token (`logps`),
     and its `changes` until the next opponent, which are still unknown.
     """
-    measures = {("ids", "real"): pairs["real_ids"].to_pandas().map(np.ndarray.tobytes), ("changes", "real"): np.nan}
+    texts = (hash(ids.tobytes()) for part in pairs["real_ids"].chunks for ids in part.to_numpy(zero_copy_only=False))
+    measures = {("ids", "real"): np.fromiter(texts, np.int64), ("changes", "real"): np.nan}
     # In a pair that is not played, the real completion is scored in place of the generated one as well
     for side, scored in {"real": True, "generated": pairs["played"].to_pandas()}.items():
         lengths = compute.list_value_length(pairs[f"{side}_ids"]).to_pandas()

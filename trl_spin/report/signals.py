@@ -16,16 +16,18 @@
 
 import math
 import tomllib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute
 from datasets import Dataset
 
 
 SIDES = ("real", "generated")
 KINDS = ("truncated", "empty", "identical")  # of generated completions
 WARNINGS = tomllib.loads(Path(__file__).with_name("warnings.toml").read_text(encoding="utf-8"))
+# Completions that are in memory at a time
+_SLICE = 4096
 
 
 def _mean(values: list[float]) -> float:
@@ -52,35 +54,44 @@ def proportion_interval(share: float, count: int, z: float = 1.96) -> tuple[floa
     return center - radius, center + radius
 
 
-def distinct_ngrams(completions: list[list[int]], n: int) -> float:
-    """Share of distinct n-grams among all n-grams (distinct-n, https://huggingface.co/papers/1510.03055)."""
-    windows = [np.lib.stride_tricks.sliding_window_view(ids, n) for ids in completions if len(ids) >= n]
-    if not windows:
-        return 0.0
-    ngrams = np.concatenate(windows)
-    return len(np.unique(ngrams, axis=0)) / len(ngrams)
+def repetition(ids: list[int], n: int = 4) -> float:
+    """Share of n-grams that a completion has already used: 0 for text without loops."""
+    ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def repetition(completions: list[list[int]], n: int = 4) -> float:
-    """Mean share of n-grams that their completion has already used: 0 for text without loops."""
-    shares = []
-    for ids in completions:
-        ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-        shares.append(1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0)
-    return _mean(shares)
+def describe_texts(column: pyarrow.ChunkedArray, lengths: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+    """
+    What token ids of these lengths look like, and the first of each (-1 where there is none): the share of distinct
+    texts, that of distinct bigrams (distinct-2, https://huggingface.co/papers/1510.03055), and the mean repetition.
+    Only a slice of the texts is in memory at a time, and a number for each text and each distinct bigram.
+    """
+    firsts, hashes = np.full((2, len(lengths)), -1)
+    bigrams, num_bigrams, repeated = np.empty(0, np.int64), 0, 0.0
+    for start in range(0, len(lengths), _SLICE):
+        tokens = column.slice(start, _SLICE).combine_chunks().flatten().to_numpy().astype(np.int64)
+        ends = np.cumsum(lengths[start : start + _SLICE])
+        for i, text in enumerate(np.split(tokens, ends[:-1]), start):
+            firsts[i], hashes[i] = text[0] if len(text) else -1, hash(text.tobytes())
+            repeated += repetition(text.tolist())
+        within = np.setdiff1d(np.arange(len(tokens)), ends - 1)  # a text, there is a token after this one
+        bigrams = np.union1d(bigrams, tokens[within] << 32 | tokens[within + 1])
+        num_bigrams += len(within)
+    described = {"distinct": len(np.unique(hashes)) / len(hashes), "repetition": repeated / len(hashes)}
+    return described | {"distinct_bigrams": len(bigrams) / max(1, num_bigrams)}, firsts
 
 
-def first_token_auc(pairs: Dataset) -> float:
+def first_token_auc(real: np.ndarray, generated: np.ndarray) -> float:
     """
     How well the first token alone tells real from generated completions. Tokens are counted in one half of the pairs
     and score the other half by the log-ratio of their counts, so that no pair is scored by its own counts.
     """
-    firsts = [[ids[0] if ids else -1 for ids in pairs[f"{side}_ids"][:]] for side in SIDES]
+    tokens, firsts = np.unique(np.stack([real, generated]), return_inverse=True)
     values = []
-    for half in (0, 1) if len(pairs) > 1 else (1,):
-        real, generated = (Counter(tokens[half::2]) for tokens in firsts)
-        scores = {token: math.log((real[token] + 1) / (generated[token] + 1)) for token in {*firsts[0], *firsts[1]}}
-        values.append(auc(*([scores[token] for token in tokens[1 - half :: 2]] for tokens in firsts)))
+    for half in (0, 1) if len(real) > 1 else (1,):
+        counts = [1 + np.bincount(side[half::2], minlength=len(tokens)) for side in firsts.reshape(2, -1)]
+        scores = np.log(counts[0] / counts[1])
+        values.append(auc(*(scores[side[1 - half :: 2]] for side in firsts.reshape(2, -1))))
     return _mean(values)
 
 
@@ -90,26 +101,22 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
     per token. The areas under the curve (AUC) say how well one number alone tells real from generated completions: the
     length, the first token, the log-prob per token under the opponent. Above 0.5, real completions score higher.
     """
-    described, lengths, logps = {}, {}, {}
+    described, lengths, logps, firsts, table = {}, {}, {}, {}, pairs.with_format("arrow")[:]
     # In a pair that is not played, the real completion is scored in place of the generated one as well
-    played = pairs.with_format("numpy")["played"][:]
+    played = table["played"].to_numpy()
     for side in SIDES:
-        texts = pairs[f"{side}_ids"][:]
-        lengths[side] = np.array([len(ids) for ids in texts])
-        logps[side] = np.array(pairs[f"ref_{side}_logps"][:])
-        described |= {
-            f"mean_length_{side}": float(lengths[side].mean()),
-            f"distinct_{side}": len(set(map(tuple, texts))) / len(texts),
-            f"distinct_bigrams_{side}": distinct_ngrams(texts, 2),
-            f"repetition_{side}": repetition(texts),
-        }
+        lengths[side] = pyarrow.compute.list_value_length(table[f"{side}_ids"]).to_numpy()
+        logps[side] = table[f"ref_{side}_logps"].to_numpy().astype(np.float64)
+        texts, firsts[side] = describe_texts(table[f"{side}_ids"], lengths[side])
+        described |= {f"{name}_{side}": value for name, value in texts.items()}
+        described[f"mean_length_{side}"] = float(lengths[side].mean())
     return {
         **described,
-        **{name: _mean(pairs[name][:]) for name in (*KINDS, "played")},
-        "nll_real": -sum(logps["real"].tolist()) / int(lengths["real"].sum()),
-        "nll_generated": -sum(logps["generated"][played].tolist()) / max(1, int(lengths["generated"][played].sum())),
+        **{name: float(table[name].to_numpy().mean()) for name in (*KINDS, "played")},
+        "nll_real": -float(sum(logps["real"])) / int(lengths["real"].sum()),
+        "nll_generated": -float(sum(logps["generated"][played])) / max(1, int(lengths["generated"][played].sum())),
         "auc_length": auc(lengths["real"], lengths["generated"]),
-        "auc_first_token": first_token_auc(pairs),
+        "auc_first_token": first_token_auc(**firsts),
         "auc_logps": auc(*((logps[side] / np.maximum(1, lengths[side]))[played] for side in SIDES)),
     }
 

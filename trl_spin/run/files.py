@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # In `self_play/iteration-<t>` (the first also beside each model), in `self_play`, and in `iteration-<t>`
 MANIFEST, PROBES, EXAMPLES = "manifest.json", "probes.json", "examples.json"
 HISTORY, SETTINGS = "log_history.json", "run.json"
@@ -90,10 +90,13 @@ def read_records(output_dir: str | Path, num_iterations: int) -> list[dict[str, 
 
 
 @contextmanager
-def atomic_open(path: Path):
-    """A temporary file that takes its final name when it is complete and synced to disk."""
+def atomic_open(path: Path, writer: str = ""):
+    """
+    A temporary file that takes its final name when it is complete and synced to disk. Where several may write the same
+    file at the same time, each needs a name of its own as the `writer`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
     with open(temporary, "wb") as file:
         yield file
         file.flush()

@@ -16,25 +16,26 @@
 
 import glob
 import hashlib
-import io
 import json
+import os
 import shutil
-from collections import Counter, defaultdict
+import socket
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
-import pyarrow.parquet
-from datasets import Dataset
-from datasets.table import InMemoryTable
+from datasets import Dataset, concatenate_datasets
 
 from .files import MANIFEST, atomic_open, checksums, find_fault, game_dir, read_intact, read_records, write_json
 from .logs import logger
 
 
-_SHARD_ROWS = 10_000
+_SHARD_ROWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -61,82 +62,97 @@ class Request:
 
     @cached_property
     def hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
+        # Another run may have the same completions made
+        content = {key: value for key, value in self.content.items() if key != "run"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def directory(self, output_dir: str) -> Path:
         """Where completions and their scores are committed while more of them are computed."""
         return game_dir(output_dir, self.iteration) / f"completions-{self.hash[:16]}"
 
 
-def write_rows(directory: Path, name: str, rows: list[tuple[int, dict[str, Any]]]):
-    """Commits results of some rows of a dataset, by index. The file carries its checksum in its name."""
-    buffer = io.BytesIO()
-    table = pyarrow.Table.from_pylist([{"index": index, **row} for index, row in rows])
-    pyarrow.parquet.write_table(table, buffer)
-    data = buffer.getvalue()
-    with atomic_open(directory / f"{name}-{hashlib.sha256(data).hexdigest()}.parquet") as file:
+def write_rows(directory: Path, name: str, rows: pyarrow.Table):
+    """
+    Commits results of some rows of a dataset, by `index`. The file carries its checksum in its name, so that others
+    may commit at the same time, and commit the same.
+    """
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows)
+    data, writer = sink.getvalue(), f".{socket.gethostname()}-{os.getpid()}"
+    with atomic_open(directory / f"{name}-{hashlib.sha256(data).hexdigest()}.arrow", writer) as file:
         file.write(data)
 
 
-def read_rows(directory: Path, name: str) -> dict[int, dict[str, Any]]:
-    """What a stopped run has committed of a dataset, by index. What is damaged is named and left out."""
-    paths = sorted(directory.glob(f"{glob.escape(name)}-{64 * '?'}.parquet"))
-    rows = [row for path in paths for row in _read_shard(path, path.stem.removeprefix(f"{name}-"))]
-    return {row.pop("index"): row for row in rows}
+def write_pairs(path: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema) -> Dataset:
+    """Writes a file of pairs, and maps it into memory."""
+    with atomic_open(path) as file, pyarrow.ipc.new_stream(file, schema) as stream:
+        for table in tables:
+            stream.write_table(table)
+    return Dataset.from_file(str(path))
 
 
-def _read_shard(path: Path, checksum: str) -> list[dict[str, Any]]:
+def read_rows(directory: Path, name: str) -> list[Dataset]:
+    """What is committed of a dataset, in no order, as it lies on disk. What is damaged is named and left out."""
+    paths = sorted(directory.glob(f"{glob.escape(name)}-{64 * '?'}.arrow"))
+    return [shard for path in paths for shard in _read_shard(path, path.stem.removeprefix(f"{name}-"))]
+
+
+def _read_shard(path: Path, checksum: str) -> list[Dataset]:
     if checksums([path]) == [checksum]:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return [Dataset.from_file(str(path))]
     logger.warning(f"{path} is damaged: it does not match its checksum. Its rows are computed again.")
     return []
 
 
-def read_completions(output_dir: str, request: Request, names: list[str]) -> dict[str, dict[int, dict]]:
+def committed(shards: list[Dataset]) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the rows that are committed, in order, and where each of them is in the shards, put together."""
+    indices = [np.empty(0, np.int64), *(shard.data["index"].to_numpy() for shard in shards)]
+    return np.unique(np.concatenate(indices), return_index=True)
+
+
+def read_completions(output_dir: str, request: Request, name: str, num_rows: int) -> list[Dataset]:
     """
-    Completions for the same request that a stopped run left behind, by name of the dataset and index: those that it
+    Completions of a dataset for the same request that a stopped run, or a worker, left behind: those that were
     committed, and those of a stored game of which a part is damaged.
     """
-    completions = {name: read_rows(request.directory(output_dir), name) for name in names}
+    shards, first = read_rows(request.directory(output_dir), name), 0
     manifest = read_manifest(output_dir, request.iteration)
     if manifest is not None and manifest["request"] == request.hash:
-        first = Counter()
-        for shard in manifest["shards"]:
-            name, path = shard["dataset"], game_dir(output_dir, request.iteration) / shard["file"]
-            for index, row in enumerate(_read_shard(path, shard["sha256"]), first[name]):
-                # Shards of a game hold pairs of earlier opponents, too
-                if name in names and row["opponent"] == request.iteration:
-                    completions[name][index] = {key: row[key] for key in ("prompt_ids", "generated_ids", "truncated")}
-            first[name] += shard["rows"]
-    return completions
+        for shard in (shard for shard in manifest["shards"] if shard["dataset"] == name):
+            for game in _read_shard(game_dir(output_dir, request.iteration) / shard["file"], shard["sha256"]):
+                # Pairs of earlier opponents come after those of the newest
+                game = game.select(range(min(len(game), max(0, num_rows - first))))
+                index = np.arange(first, first + len(game))
+                shards.append(game.select_columns(["generated_ids", "truncated"]).add_column("index", index))
+            first += shard["rows"]
+    return shards
 
 
 def store_game(output_dir: str, iteration: int, pairs: dict[str, Dataset], manifest: dict[str, Any]):
     """
-    Writes the pairs of an iteration, by name of the dataset: Parquet shards, then the manifest with their checksums,
+    Writes the pairs of an iteration, by name of the dataset: Arrow shards, then the manifest with their checksums,
     each by a temporary name and an atomic rename. An iteration without a manifest does not exist.
     """
     directory = game_dir(output_dir, iteration)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)
-    for path in directory.glob("*.parquet"):
+    for path in directory.glob("*.arrow"):
         path.unlink()
     shards = []
     for name, dataset in pairs.items():
         for start in range(0, len(dataset), _SHARD_ROWS):
+            path = directory / f"{name}-{start // _SHARD_ROWS:05d}.arrow"
             table = dataset.data.table.slice(start, _SHARD_ROWS)
-            path = directory / f"{name}-{start // _SHARD_ROWS:05d}.parquet"
-            with atomic_open(path) as file:
-                pyarrow.parquet.write_table(table, file)
+            write_pairs(path, [table], table.schema)
             shards.append({"dataset": name, "file": path.name, "rows": len(table), "sha256": checksums([path])[0]})
     write_json(directory / MANIFEST, {"iteration": iteration, **manifest, "shards": shards})
-    remove_completions(output_dir, iteration)
 
 
 def remove_completions(output_dir: str, iteration: int):
     """Removes committed completions that are not needed any more."""
     for path in game_dir(output_dir, iteration).glob("completions-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # a worker may come late
 
 
 def read_manifest(output_dir: str, iteration: int) -> dict[str, Any] | None:
@@ -158,12 +174,11 @@ def read_models(output_dir: str, last: int) -> list[dict[str, Any]]:
     return models
 
 
-def find_stored(output_dir: str, request: Request) -> tuple[dict[str, Dataset], dict[str, float]] | None:
-    """Pairs and metrics of the game that was requested, if it is stored and intact."""
-    if find_fault(game_dir(output_dir, request.iteration), request=request.hash):
+def find_stored(output_dir: str, request: Request) -> dict[str, float] | None:
+    """Metrics of the game that was requested, if it is stored and intact."""
+    if find_fault(game_dir(output_dir, request.iteration), request=request.hash, run=request.settings["run"]):
         return None
-    remove_completions(output_dir, request.iteration)  # of a run that stopped before it did
-    return load_game(output_dir, request.iteration), read_manifest(output_dir, request.iteration)["metrics"]
+    return read_manifest(output_dir, request.iteration)["metrics"]
 
 
 def load_game(output_dir: str, iteration: int, run: str | None = None) -> dict[str, Dataset]:
@@ -179,7 +194,8 @@ def load_game(output_dir: str, iteration: int, run: str | None = None) -> dict[s
             Run to which the game should belong.
 
     Returns:
-        `dict[str, Dataset]`: Pairs by name of the dataset.
+        `dict[str, Dataset]`: Pairs by name of the dataset, mapped into memory. Sent to another process, they are
+        mapped there as well.
 
     Raises:
         `ValueError`: If the game is not there, not complete, damaged, or of another iteration or run.
@@ -187,8 +203,7 @@ def load_game(output_dir: str, iteration: int, run: str | None = None) -> dict[s
     if fault := find_fault(game_dir(output_dir, iteration), iteration=iteration, **({"run": run} if run else {})):
         remedy = "Resume from an earlier iteration's checkpoint, which makes it again, or use a new `output_dir`."
         raise ValueError(f"The game of iteration {iteration} cannot be read: {fault}. {remedy}")
-    tables = defaultdict(list)
+    shards = defaultdict(list)
     for shard in read_manifest(output_dir, iteration)["shards"]:
-        table = pyarrow.parquet.read_table(game_dir(output_dir, iteration) / shard["file"])
-        tables[shard["dataset"]].append(table)
-    return {name: Dataset(InMemoryTable(pyarrow.concat_tables(parts))) for name, parts in tables.items()}
+        shards[shard["dataset"]].append(Dataset.from_file(str(game_dir(output_dir, iteration) / shard["file"])))
+    return {name: concatenate_datasets(parts) for name, parts in shards.items()}

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import numpy as np
+import pyarrow
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -35,6 +37,8 @@ from .files import explain_write_error
 
 # A run that is killed while it generates loses at most this much work
 COMMIT_SECONDS = 300
+# Nor does it keep more than this in memory
+_COMMIT_BYTES = 2**25
 
 
 class StopRequested(Exception):
@@ -114,10 +118,10 @@ class Processes:
             raise outcome[1]
         return outcome[0]
 
-    def write(self, output_dir: str, function: Callable, *args):
+    def write(self, output_dir: str, function: Callable, *args) -> Any:
         """Calls a function that writes below `output_dir` on the main process."""
         with explain_write_error(output_dir):
-            self.on_main(function, *args)
+            return self.on_main(function, *args)
 
     def smallest(self, value: float) -> float:
         """The smallest value of all processes, so that they decide alike."""
@@ -126,59 +130,60 @@ class Processes:
 
     def map(
         self,
-        batches: list[list[int]],
-        function: Callable[[list[int]], list | None],
+        batches: list[np.ndarray],
+        function: Callable[[np.ndarray], pyarrow.Table | None],
         desc: str | None,
-        done: dict[int, Any] | None = None,
-        commit: Callable[[list[tuple[int, Any]]], None] | None = None,
-    ) -> list:
+        commit: Callable[[pyarrow.Table], None],
+        done: np.ndarray | None = None,
+    ):
         """
-        Applies a function to batches of rows, spread over the processes: one result per row, in their order.
+        Applies a function to batches of rows, spread over the processes.
 
-        Every process works on the same number of batches (sharded models need all of them in every forward pass) and
-        returns all results. After each round of batches the processes agree whether one of them was told to stop.
+        Every process works on the same number of batches (sharded models need all of them in every forward pass).
+        After each round of batches the processes agree whether one of them was told to stop. Only results that are not
+        yet committed are in memory.
 
         Args:
-            batches (`list[list[int]]`):
+            batches (`list[np.ndarray]`):
                 Indices of the rows in each batch. Together they hold each of 0..N-1 once.
-            function (`Callable[[list[int]], list | None]`):
-                Maps the indices of a batch to one result per row, or to `None` if a signal cut it short.
+            function (`Callable[[np.ndarray], pyarrow.Table | None]`):
+                Maps the indices of a batch to one result per row, with its `index`, or to `None` if a signal cut it
+                short.
             desc (`str`, *optional*):
                 Title of the progress bar, if there should be one.
-            done (`dict[int, Any]`, *optional*):
-                Results that are known already.
-            commit (`Callable[[list[tuple[int, Any]]], None]`, *optional*):
-                Is given the new results, with their indices, on every process: every few minutes, at the end, and when
-                the run is told to stop.
+            commit (`Callable[[pyarrow.Table], None]`):
+                Is given the new results, on every process: every few minutes, when many are waiting, at the end, and
+                when the run is told to stop.
+            done (`np.ndarray`, *optional*):
+                Whether each row needs no result.
 
         Raises:
             `StopRequested`: If one of the processes was told to stop.
         """
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         num_rows = sum(map(len, batches))
-        results = dict(done or {})
-        batches = [left for batch in batches if (left := [i for i in batch if i not in results])]
-        new, last_commit = [], time.monotonic()
+        if done is not None:
+            batches = [left for batch in batches if len(left := batch[~done[batch]])]
+        new, num_bytes, last_commit = [], 0, time.monotonic()
         hidden = self.quiet or desc is None or not self.accelerator.is_main_process
-        bar = tqdm(total=num_rows, initial=len(results), desc=desc, unit="row", leave=False, disable=hidden)
+        initial = num_rows - sum(map(len, batches))
+        bar = tqdm(total=num_rows, initial=initial, desc=desc, unit="row", leave=False, disable=hidden)
         with bar as progress:
             for start in range(0, len(batches), world_size):
-                batch = batches[min(start + rank, len(batches) - 1)]
-                batch_results = function(batch)
-                if batch_results is not None:
-                    new.extend(zip(batch, batch_results, strict=True))
+                results = function(batches[min(start + rank, len(batches) - 1)])
+                if results is not None and start + rank < len(batches):
+                    new.append(results)
+                    num_bytes += results.nbytes
                 progress.update(sum(map(len, batches[start : start + world_size])))
                 # The first process has the clock
-                signum, due = self.stop.agree(time.monotonic() - last_commit > COMMIT_SECONDS)
+                due = time.monotonic() - last_commit > COMMIT_SECONDS or num_bytes * world_size > _COMMIT_BYTES
+                signum, due = self.stop.agree(due)
                 if signum or due or start + world_size >= len(batches):
-                    gathered = gather_object(new) if world_size > 1 else new
-                    results.update(gathered)
-                    if commit is not None and gathered:
-                        commit(list(dict(gathered).items()))
-                    new, last_commit = [], time.monotonic()
+                    if gathered := gather_object(new) if world_size > 1 else new:
+                        commit(pyarrow.concat_tables(gathered))
+                    new, num_bytes, last_commit = [], 0, time.monotonic()
                 if signum:
                     raise StopRequested(signum)
-        return [results[i] for i in range(num_rows)]
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from ..engines import ENGINES
 from ..pairs import Game
 from ..spin_config import PER_ITERATION, SPINConfig
 from .files import RECORD, SETTINGS, find_fault, game_dir, load_json, model_dir, read_json, write_json
-from .games import read_manifest, read_rows
+from .games import committed, read_manifest, read_rows
 from .logs import logger
 from .processes import Processes
 
@@ -82,7 +82,6 @@ def run_lock(processes: Processes, output_dir: str):
         try:
             holder.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-            holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         except Timeout:
             job = holder.read_text() if holder.is_file() else "unknown"
             where = f"Another job is running in `output_dir` ({output_dir}): {job}."
@@ -91,9 +90,14 @@ def run_lock(processes: Processes, output_dir: str):
             if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
                 raise OSError(f"`output_dir` ({output_dir}) cannot be written to: {error}. Choose another.") from error
             logger.warning(f"The file system of {output_dir} has no locks: do not start two jobs in it.")
+        holder.write_text(job := json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        return job
 
-    processes.on_main(acquire)
+    job = processes.on_main(acquire)
     try:
+        if not processes.smallest(holder.is_file() and holder.read_text() == job):
+            what = f"`output_dir` ({output_dir}) is not one directory for all processes, which read the games in it"
+            raise ValueError(f"{what}. Choose one on a file system that all nodes share.")
         yield
     finally:
         if processes.accelerator.is_main_process:
@@ -261,7 +265,8 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, run:
         raise ValueError("\n".join(["There is no checkpoint to resume from.", *(faults or [none]), remedy]))
     stored = read_manifest(args.output_dir, 0) or {"shards": []}
     done = sum(shard["rows"] for shard in stored["shards"] if shard["dataset"] == "train")
-    done = done or sum(len(read_rows(path, "train")) for path in game_dir(args.output_dir, 0).glob("completions-*"))
+    paths = game_dir(args.output_dir, 0).glob("completions-*")
+    done = done or sum(len(committed(read_rows(path, "train"))[0]) for path in paths)
     start = f"goes on with the {done} completions that are there" if done else "starts from its beginning"
     logger.warning(f"There is no checkpoint in {args.output_dir} yet: the run {start}.")
     return None
