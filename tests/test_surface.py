@@ -136,7 +136,8 @@ VALUES = [None, True, False, -1, 0, 0.5, 1, 1.5, math.nan, math.inf, "", "false"
 VALUES += [{}, [], [1, 0.5], [-1], [math.nan], [True], ["1e-3"], ["hinge"], numpy.float32(0.5), numpy.int64(3)]
 TAKEN = {  # which of the numbers from -1 to 1.5 an option takes
     "0 1": "opponent_history held_out_size num_probes top_k",
-    "1": "num_self_play_iterations num_train_epochs max_prompts max_completion_length generation_token_budget",
+    "1": "num_self_play_iterations num_train_epochs max_prompts prompts_per_iteration max_completion_length "
+    "generation_token_budget",
     "0 0.5 1 1.5": "sft_weight temperature",
     "0 0.5 1": "min_p",
     "0.5 1": "top_p",
@@ -170,6 +171,7 @@ def test_an_option_is_refused_by_its_name_or_means_what_it_says(tmp_path, name):
     [
         ({"use_vllm": True, "use_transformers_continuous_batching": True}, "are both set"),
         ({"use_vllm": True, "vllm_mode": "remote"}, "must be 'colocate' or 'server', got 'remote'"),
+        ({"prompts_per_iteration": 2, "opponent_history": 1}, "`prompts_per_iteration=2`.* completed other prompts"),
         ({"vllm_server_port": 1}, "`vllm_server_port=1` means nothing to .*'generate'"),
         ({"use_vllm": True, "vllm_server_port": 1}, "`vllm_server_port=1` .* vLLM with `vllm_mode='colocate'`"),
         ({"use_vllm": True, "vllm_mode": "server", "vllm_enable_sleep_mode": True}, "`vllm_enable_sleep_mode=True`"),
@@ -186,7 +188,7 @@ def test_an_option_is_refused_by_its_name_or_means_what_it_says(tmp_path, name):
         ),
     ],
 )
-def test_options_that_an_engine_does_not_honour_are_refused(tmp_path, options, message):
+def test_options_that_contradict_each_other_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **options)
 

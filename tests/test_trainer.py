@@ -428,14 +428,12 @@ def test_the_same_game_is_played_on_held_out_prompts(tmp_path):
         trainer.evaluate(make_dataset(3))
 
 
-@pytest.mark.parametrize("step", [2, 4, 6, 7])
-def test_a_resumed_run_is_the_same_run(tmp_path, caplog, step):
-    kwargs = {
-        "num_self_play_iterations": 3,
-        "num_train_epochs": [1, 2],
-        "opponent_history": 1,
-        "save_strategy": "steps",
-    }
+@pytest.mark.parametrize(
+    "step, options",
+    [*((step, {"opponent_history": 1}) for step in (2, 4, 6, 7)), (5, {"prompts_per_iteration": 5})],
+)
+def test_a_resumed_run_is_the_same_run(tmp_path, caplog, step, options):
+    kwargs = {"num_self_play_iterations": 3, "num_train_epochs": [1, 2], "save_strategy": "steps", **options}
     straight = make_trainer(tmp_path / "straight", save_steps=1, **kwargs)
     straight.train()
 
@@ -453,6 +451,17 @@ def test_a_resumed_run_is_the_same_run(tmp_path, caplog, step):
         assert torch.equal(p, q), name
     games = [load_game(str(tmp_path / run), 2)["train"][:] for run in ("straight", "resumed")]
     assert games[0] == games[1]
+
+
+def test_each_iteration_plays_on_other_prompts_until_they_run_out(tmp_path, capsys):
+    kwargs = {"prompts_per_iteration": 5, "num_self_play_iterations": 4, "num_train_epochs": 2}
+    trainer = make_trainer(tmp_path, dataset=make_dataset(13), **kwargs)
+    trainer.train()
+    assert "13 prompts (0 rows left out), 5 others in each iteration" in " ".join(capsys.readouterr().out.split())
+    assert trainer.state.global_step == 4 * 2 * 2  # iterations, passes, steps of four rows and of one
+    rows = [row for iteration in range(4) for row in load_game(str(tmp_path), iteration)["train"]["row"]]
+    assert sorted(rows[:13]) == list(range(13)) and rows[13:] == rows[:7]
+    assert rows[:13] != sorted(rows[:13])
 
 
 def test_runs_are_not_mixed(tmp_path):

@@ -72,7 +72,7 @@ def hold_out(
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Held-out data.
         args ([`SPINConfig`]):
-            `held_out_size`, `max_prompts`, `seed`, and the options that need held-out data.
+            `held_out_size`, `max_prompts`, `prompts_per_iteration`, `seed`, and the options that need held-out data.
         measures (`bool`):
             Whether `compute_completion_metrics` is given, which needs held-out data as well.
 
@@ -107,8 +107,9 @@ def hold_out(
         eval_dataset, shuffled = train_dataset, random.Random(args.seed).sample(rows, len(rows))
         rows = sorted(shuffled[size:])
         subsets = {"eval": sorted(shuffled[:size]), "train": rows}
-    if args.max_prompts is not None and args.max_prompts < len(rows):
-        subsets["train"] = random.Random(args.seed).sample(rows, args.max_prompts)
+    most = min(args.max_prompts or len(rows), len(rows))
+    if most < len(rows) or args.prompts_per_iteration:  # which are then next to each other
+        subsets["train"] = random.Random(args.seed).sample(rows, most)
     needed_by = [f"{name}=True" for name in ("early_stopping", "load_best_iteration_at_end") if getattr(args, name)]
     if measures:
         needed_by.append("compute_completion_metrics")

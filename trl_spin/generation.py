@@ -77,6 +77,7 @@ def commit_completions(
     """
     dataset, args, iteration, write = game.datasets[name], engine.args, request.iteration, engine.processes.write
     directory, indices = request.directory(args.output_dir), np.arange(len(dataset))
+    dataset.turn_to(iteration)
     found = engine.processes.on_main(read_completions, args.output_dir, request, name, len(dataset))
     done = np.isin(indices, committed(found)[0])
     if done.any() and name == "train":

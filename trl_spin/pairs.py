@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase
 
@@ -194,24 +194,24 @@ class GameDataset(torch.utils.data.Dataset):
     The dataloader is built once per `train()`, so what changes from one iteration to the next is the content of this
     dataset, never its length: one row per prompt. With several opponents, prompt `i` plays against opponent
     `(i + epoch) mod K` (the newest is 0), so K epochs of an iteration play every pair once. Before the game has
-    started, the generated completions are empty.
+    started, the generated completions are empty, and the prompts are those of all iterations.
 
     Args:
         name (`str`):
             Name of the dataset.
         rows ([`~datasets.Dataset`]):
             Dataset with the columns `row`, `prompt_ids` and `real_ids`.
+        size (`int`, *optional*):
+            Number of prompts in an iteration. Defaults to all.
     """
 
-    def __init__(self, name: str, rows: Dataset):
-        self.name = name
-        self.rows = rows
-        self.columns = Columns(rows)
+    def __init__(self, name: str, rows: Dataset, size: int | None = None):
+        self.name, self.all_rows, self.size = name, rows, min(size or len(rows), len(rows))
         self.epoch = 0  # of the iteration
         self.clear()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self._columns:
@@ -231,8 +231,15 @@ class GameDataset(torch.utils.data.Dataset):
         rows = np.arange(len(self))
         return by_opponent[(rows + self.epoch) % len(by_opponent), rows]
 
+    def turn_to(self, iteration: int):
+        """Takes the prompts of an iteration: the next ones and, where they run out, the first ones again."""
+        start = iteration * self.size % len(self.all_rows)
+        self.rows = concatenate_datasets([self.all_rows] * 2).select(range(start, start + self.size))
+        self.columns = Columns(self.rows)
+
     def clear(self):
-        """Forgets the pairs."""
+        """Forgets the pairs, and which iteration it is."""
+        self.rows, self.columns = self.all_rows, Columns(self.all_rows)
         self.pairs: list[Dataset] = []  # one dataset per opponent, the newest first
         self._columns: list[Columns] = []
         self.all_played = True  # no pair is left out
@@ -328,6 +335,7 @@ class Game:
     def swap(self, iteration: int, pairs: dict[str, Dataset], at_start: bool):
         """Puts the pairs of an iteration in the place of the last one's."""
         for name, dataset in self.datasets.items():
+            dataset.turn_to(iteration)
             dataset.swap(pairs[name])
         self.iteration, self.at_start = iteration, at_start
 

@@ -177,15 +177,17 @@ def estimate_disk(args: SPINConfig, game: Game, model: float, optimizer: float, 
     """
     num_iterations, columns = args.num_self_play_iterations, game.train.columns
     checkpoint = model + (0 if args.save_only_model else optimizer)
-    # Token ids of a pair, which Parquet packs to well under four bytes each
-    tokens = int((columns.lengths("prompt_ids") + columns.lengths("real_ids") + args.max_completion_length).sum())
-    pairs = 4 * tokens * (1 + args.opponent_history)
+    # Token ids of a pair, four bytes each, of one iteration of many perhaps
+    tokens = (columns.lengths("prompt_ids") + columns.lengths("real_ids") + args.max_completion_length).mean()
+    newest = 4 * tokens * len(game.train)
+    pairs = newest * (1 + args.opponent_history)
     num_epochs, num_steps = sum(game.schedule.num_epochs), game.schedule.starts[-1]
     num_saves = num_iterations + (num_steps // save_steps if args.save_strategy == "steps" else num_epochs)
     # The newest ones, the one at which the iteration began, and the one that is being written
     most = min(num_saves, (args.save_total_limit or math.inf) + 2)
     num_checkpoints = 0 if args.save_strategy == "no" else most
-    next_iteration = model + pairs + min(2, num_checkpoints) * checkpoint
+    # Completions and pairs lie beside the game until it is stored
+    next_iteration = model + pairs + 2 * newest + min(2, num_checkpoints) * checkpoint
     # The best iteration may be none: the model that self-play starts from is kept as well
     num_models = num_iterations + args.load_best_iteration_at_end
     whole_run = num_models * model + num_iterations * pairs + num_checkpoints * checkpoint
@@ -201,13 +203,13 @@ def estimate_times(args: SPINConfig, game: Game, seconds: tuple[float, float], f
     """
     columns, (of_token, of_forward), times = game.train.columns, seconds, []
     passes = sum(game.schedule.num_epochs) / args.num_self_play_iterations
-    rows = sum(map(len, game.datasets.values())) / len(game.train)  # held-out ones are completed and scored as well
+    rows = sum(map(len, game.datasets.values())) / len(game.train.all_rows)  # held-out ones are played on as well
     prompt, real = (columns.lengths(f"{part}_ids") for part in ("prompt", "real"))
     for shortest in (0, args.max_completion_length):
         generated = real.clip(shortest, args.max_completion_length)
         generation = prompt.sum() * of_forward + generated.sum() * of_token / args.world_size
         scoring = (prompt + real + generated).sum() * of_forward
-        steps = passes * forwards * scoring
+        steps = passes * forwards * scoring * len(game.train) / len(prompt)
         times.append({"generation": rows * generation, "scoring": rows * scoring, "training": steps})
     return times
 

@@ -109,7 +109,7 @@ class ProbeCallback(TrainerCallback):
         path = game_dir(args.output_dir, iteration) / PROBES
         if args.num_probes and not self.processes.on_main(read_intact, path, "The prompts are probed again."):
             dataset = self.game.watched
-            rows = dataset.rows.select(range(min(args.num_probes, len(dataset))))
+            rows = dataset.all_rows.select(range(min(args.num_probes, len(dataset))))
             seed_of = partial(row_seed, args.seed, -1, f"{dataset.name} probes")
             limit, model = args.max_completion_length, self.trainer.model_wrapped
             completions = self.engine.complete(model, Columns(rows), seed_of, limit, "Probes").to_pydict()

@@ -61,7 +61,11 @@ _BOUNDS = (
     ("> 0", lambda v: v > 0, "repetition_penalty vllm_gpu_memory_utilization"),
     (">= 0", lambda v: v >= 0, "sft_weight opponent_history held_out_size num_probes temperature top_k min_p"),
     (">= 1", lambda v: v >= 1, "num_self_play_iterations num_train_epochs max_prompts max_completion_length"),
-    (">= 1", lambda v: v >= 1, "generation_token_budget vllm_max_model_length vllm_tensor_parallel_size"),
+    (
+        ">= 1",
+        lambda v: v >= 1,
+        "prompts_per_iteration generation_token_budget vllm_max_model_length vllm_tensor_parallel_size",
+    ),
     ("<= 1", lambda v: v <= 1, "top_p min_p vllm_gpu_memory_utilization"),
 )
 _NUMBERS = {int: Integral, float: Real}  # which numpy's are as well
@@ -194,6 +198,9 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             System turn to put before conversations that have none.
         max_prompts (`int`, *optional*):
             If set, play on a random subset of this many training rows, drawn with `seed`.
+        prompts_per_iteration (`int`, *optional*):
+            If set, each iteration plays on this many other training rows, in a random order drawn with `seed`, so that
+            a large dataset is one pass against ever fresher opponents. Where they run out, it starts over.
         held_out_size (`int`, *optional*, defaults to `0`):
             Number of training rows to hold out, drawn with `seed`, if there is no `eval_dataset`. The model soon
             memorizes training pairs, so numbers measured on them say little.
@@ -303,6 +310,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     apply_chat_template: bool = False
     system_prompt: str | None = None
     max_prompts: int | None = None
+    prompts_per_iteration: int | None = None
     held_out_size: int = 0
     chat_template_kwargs: dict[str, Any] | str | None = None
 
@@ -356,6 +364,11 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             raise ValueError(
                 f"`sft_weight={self.sft_weight}` and `loss_type={self.loss_type}` are the same anchor: unset one."
             )
+        if self.prompts_per_iteration and self.opponent_history:
+            what = (
+                f"`prompts_per_iteration={self.prompts_per_iteration}` and `opponent_history={self.opponent_history}`"
+            )
+            raise ValueError(f"{what} contradict each other: earlier opponents completed other prompts. Unset one.")
         chosen_engine(self)
 
     def _check_values(self):

@@ -354,7 +354,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         with args.main_process_first(desc=f"Tokenizing {name} dataset"):
             rows, left_out = reader.prepare(dataset, rules, self._rows.get(name), args.dataset_num_proc)
         self.game.left_out[name], self.game.sources[name] = dict(left_out), (dataset, reader.read_prompt)
-        self.game.datasets[name] = GameDataset(name, rows)
+        self.game.datasets[name] = GameDataset(name, rows, args.prompts_per_iteration if name == "train" else None)
         self.game.settings = game_settings(args, self.game)
         return self.game.datasets[name]
 
@@ -515,7 +515,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             revision=(self.args.model_init_kwargs or {}).get("revision"),
             is_adapter=isinstance(self.model, PeftModel),
             dataset_name=dataset_name,
-            data=f"`{public_name(self.dataset_name)}`, {len(self.game.train)} prompts ({left_out} rows left out)",
+            data=f"`{public_name(self.dataset_name)}`, {len(self.game.train.all_rows)} prompts ({left_out} rows left out)",
             prompt=prompt,
             settings={name: value for name, value in self.args.to_dict().items() if name in _CARD_SETTINGS},
             records=read_records(self.run_dir, self.args.num_self_play_iterations),

@@ -70,7 +70,7 @@ _FREE_OPTIONS = frozenset(
 _SAMPLING_OPTIONS = """
     max_completion_length temperature top_p top_k min_p repetition_penalty generation_kwargs cache_implementation
 """.split()
-_PAIR_OPTIONS = "truncated_completions play_empty_completions opponent_history".split()
+_PAIR_OPTIONS = "truncated_completions play_empty_completions opponent_history prompts_per_iteration".split()
 
 
 @contextmanager
@@ -134,7 +134,8 @@ def game_settings(args: SPINConfig, game: Game) -> dict[str, Any]:
         "end_token_ids": rules.end_token_ids,
         "max_length": rules.max_length,
         "data": {
-            name: f"{len(dataset)} rows, {dataset.columns.fingerprint()}" for name, dataset in game.datasets.items()
+            name: f"{len(dataset.all_rows)} rows, {dataset.columns.fingerprint()}"
+            for name, dataset in game.datasets.items()
         },
         "chat_template": hashlib.sha256(str(rules.tokenizer.chat_template).encode()).hexdigest(),
     }
