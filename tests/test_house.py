@@ -32,7 +32,7 @@ from trl_spin.run.games import read_manifest
 
 # Layers, from the ground up. A module imports from the layers below its own, and from nowhere else.
 LAYERS = [
-    "objectives schedule compat run.files run.logs run.weights report.signals report.tables",  # stand by themselves
+    "objectives schedule compat vllm_worker run.files run.logs run.weights report.signals report.tables",  # stand by themselves
     "pairs layout run.processes run.games report.card evaluate",  # the game, and what is on disk
     "engines.base report.reader shared_prefix_trainer",
     "engines.generate engines.continuous_batching engines.vllm report.figures",
@@ -153,7 +153,7 @@ def test_another_engine_is_a_change_in_one_place(tmp_path, capsys, request):
     for options, message in (
         ({"parrot_word": 5}, "`parrot_word=5` means nothing to the engine that generates .'generate'"),
         ({"use_parrot": True, "use_vllm": True}, "`use_vllm` and `use_parrot` are both set"),
-        ({"use_parrot": True, "vllm_server_port": 1}, "`vllm_server_port=1` means nothing .*'parrot'"),
+        ({"use_parrot": True, "vllm_max_model_length": 1}, "`vllm_max_model_length=1` means nothing .*'parrot'"),
         ({"use_parrot": True, "parrot_word": -1}, "Parrots know words only"),
     ):
         with pytest.raises(ValueError, match=message):

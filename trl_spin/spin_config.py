@@ -229,9 +229,20 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             completion to the same length, so that length alone does not tell the two apart.
         play_empty_completions (`bool`, *optional*, defaults to `False`):
             Whether pairs with an empty generated completion take part. They are counted in either case.
+        vllm_mode (`str`, *optional*, defaults to `"offline"`):
+            Always `"offline"`: the opponent is saved, and a process of vLLM's own loads it for each round, on the
+            device of each training process, and ends when the round is over.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of a device's memory for vLLM, beside what training has there.
         vllm_max_model_length (`int`, *optional*):
-            Longest prompt plus completion in vLLM. Defaults to `max_length`. With `vllm_mode='colocate'`; a server's
-            `--max-model-len` must hold the longest prompt plus `max_completion_length`.
+            Longest prompt plus completion in vLLM. Defaults to `max_length`.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            Number of training processes, and of their devices, that share one vLLM.
+        vllm_kwargs (`dict[str, Any]`, *optional*):
+            Additional keyword arguments for vLLM's `LLM`, such as `max_num_seqs`, or `dtype`, by default that of
+            training.
+        vllm_python (`str`, *optional*):
+            Python interpreter of an environment that has vLLM, if that is not the one of training.
 
         > Parameters that control the logging
 

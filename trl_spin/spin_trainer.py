@@ -225,11 +225,11 @@ class SPINTrainer(SharedPrefixDPOTrainer):
     def _attach_callbacks(self, engine_class, compute_completion_metrics):
         """One callback for each concern, in the order in which they act."""
         args, game, processes = self.args, self.game, self.processes
-        engine = probe_engine = engine_class(args, processes, game.rules)
+        engine = probe_engine = engine_class(args, processes, game.rules, self.save_model)
         if engine_class is not Generate:  # probes can be compared: their samples depend on their seeds alone
             probe_args = copy.copy(args)
             probe_args.generation_kwargs = None  # which are the engine's
-            probe_engine = Generate(probe_args, processes, game.rules)
+            probe_engine = Generate(probe_args, processes, game.rules, self.save_model)
         best_metric = BestMetric(args.metric_for_best_iteration, args.output_dir)
         self_play = SelfPlayCallback(self, game, processes, engine, Measures(game, compute_completion_metrics))
         self.best_iteration = BestIterationCallback(self, game, processes, best_metric)

@@ -70,6 +70,8 @@ class Engine:
             Processes that share the work.
         rules ([`~pairs.Rules`]):
             Tokenizer, end tokens, and the longest prompt plus completion.
+        save_model (`Callable`):
+            Saves the model as it is, without optimizer, to a folder. All processes call it.
     """
 
     name: ClassVar[str]
@@ -81,8 +83,9 @@ class Engine:
     def __init_subclass__(cls):
         ENGINES[cls.name] = cls
 
-    def __init__(self, args: Any, processes: Processes, rules: Rules):
-        self.args, self.processes, self.rules, self.accelerator = args, processes, rules, processes.accelerator
+    def __init__(self, args: Any, processes: Processes, rules: Rules, save_model: Callable[[str], None]):
+        self.args, self.processes, self.rules, self.save_model = args, processes, rules, save_model
+        self.accelerator = processes.accelerator
         # Left open, it is settled before the first iteration. Until then, each prompt is a batch of its own
         self.token_budget: int | None = args.generation_token_budget
 

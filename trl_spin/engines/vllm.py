@@ -12,142 +12,241 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""vLLM, in the training processes or on a server, through TRL's `VLLMGeneration`."""
+"""vLLM, in processes of its own that load the opponent from a folder: its weights do not change while it completes."""
 
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from multiprocessing import Pipe
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Literal
 
 import torch
-from accelerate.utils import DistributedType, gather_object
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from accelerate.utils import gather_object
+from peft import PeftModel, PeftType
 from transformers import PreTrainedModel
-from trl.import_utils import is_vllm_available
+from trl.trainer.utils import selective_log_softmax
 
-from ..run.processes import explain_out_of_memory
-from .base import Complete, Engine, check_generation_kwargs, forked_rng, grpo_options
-
-
-_OUT_OF_MEMORY = (
-    "Lower `vllm_gpu_memory_utilization`, set `vllm_enable_sleep_mode`, or use `vllm_mode='server'`, here and on "
-    "resume."
-)
+from ..run.logs import logger
+from ..run.processes import StopSignal
+from .base import Complete, Engine, grpo_options
 
 
-@contextmanager
-def unchanged_base_weights(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """
-    Puts back the weights below an adapter, bit by bit. To merge the adapter and to take it out again changes them by
-    rounding, and opponent and reference would no longer be the same model.
-    """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    weights = {weight for layer in layers for weight in layer.get_base_layer().parameters()}
-    copies = {weight: weight.detach().to("cpu", copy=True) for weight in weights}
-    try:
-        yield
-    finally:
-        for weight, original in copies.items():
-            weight.data.copy_(original)
-        for layer in layers:
-            layer.merged_adapters.clear()  # should an error have left the adapter merged
+# How a process finds the others of its run, which are none of vLLM's business
+_LAUNCHER = re.compile("((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|MASTER_.*|TORCHELASTIC_.*")
+_SECONDS_TO_END = 30
+# Completions whose log-probs are compared with the model's, and how far off they may be on average, in nats times the
+# square root of the length: where both sides compute in float32, and otherwise
+_NUM_COMPARED, _TOLERANCE, _ROUGH_TOLERANCE = 4, 1e-3, 0.1
+_MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
+
+
+@dataclass
+class _Options(grpo_options("use_vllm vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size")):
+    vllm_mode: Literal["offline"] = "offline"
+    vllm_kwargs: dict[str, Any] | str | None = None
+    vllm_python: str | None = None
 
 
 class VLLM(Engine):
-    """vLLM, with the weights as they are now. Samples depend on what else is in the batch."""
+    """
+    vLLM. A sample depends on its seed and its prompt, up to rounding.
+
+    TRL's `"colocate"` and `"server"` send new weights into a vLLM that goes on running. An opponent stays the same for
+    a whole round. So it is saved, loaded by a process of vLLM's own, and when the round is over, that has given all its
+    memory back. This works on a CPU, too, and in environments with other versions of torch and transformers.
+    """
 
     name = "vllm"
     flag = "use_vllm"
     # Arguments of vLLM's `SamplingParams` that would change what a completion is, or how it is sampled
     reserved = """
         n temperature top_p top_k min_p repetition_penalty max_tokens seed stop stop_token_ids ignore_eos logprobs
-        prompt_logprobs
+        prompt_logprobs detokenize
     """.split()
 
-    Options = grpo_options("""
-        use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url vllm_server_host
-        vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length
-        vllm_tensor_parallel_size
-    """)
-
-    _generation = None  # made at its first use: the trial run before the first iteration
-
-    @classmethod
-    def refused(cls, args: Any) -> dict[str, str]:
-        own = [option.name for option in fields(cls.Options) if option.name not in ("use_vllm", "vllm_mode")]
-        # Some are for a server, and all others for a model in the training processes
-        is_server = args.vllm_mode == "server"
-        others = [name for name in own if name.startswith(("vllm_server_", "vllm_group_port")) != is_server]
-        return dict.fromkeys(others, f"to vLLM with `vllm_mode={args.vllm_mode!r}`")
+    Options = _Options
 
     @classmethod
     def check(cls, args: Any, model: str | PreTrainedModel | PeftModel | None = None):
-        if args.vllm_mode not in ("colocate", "server"):
-            raise ValueError(f"`vllm_mode` must be 'colocate' or 'server', got {args.vllm_mode!r}.")
-        if model is not None and not is_vllm_available():
-            raise ImportError("`use_vllm=True` needs vLLM: `pip install trl-spin[vllm]`, or leave `use_vllm` unset.")
-        if model is not None:
-            from trl.generation import vllm_generation  # where vLLM is installed, this imports it
-
-            check_generation_kwargs(args, vllm_generation.SamplingParams)
+        if model is not None and args.vllm_python is None and find_spec("vllm") is None:
+            raise ImportError(
+                "`use_vllm=True` needs vLLM: `pip install trl-spin[vllm]`, or name the Python of an environment that "
+                "has it with `vllm_python`, or leave `use_vllm` unset."
+            )
         if getattr(model, "is_quantized", False):
             raise ValueError(
-                f"vLLM cannot generate with a model quantized by {model.quantization_method.value}: the adapter, "
-                "merged into quantized weights, is rounded, and the opponent would not be the reference. Leave "
+                f"vLLM cannot generate with a model quantized by {model.quantization_method.value}: it would load the "
+                "weights below the adapter as they were before, and the opponent would not be the reference. Leave "
                 "`use_vllm` unset, or set `use_transformers_continuous_batching`."
             )
-        if args.vllm_mode == "colocate" and not getattr(model, "name_or_path", "loaded by name"):
-            raise ValueError(
-                "vLLM builds its model from files, and this model was loaded from none (its `name_or_path` is empty). "
-                "Save it with `save_pretrained`, its tokenizer too, and pass the path instead."
-            )
-
-    def _connect(self, model: PreTrainedModel | PeftModel):
-        """Builds vLLM's copy of the model, or connects to its server."""
-        from trl.generation.vllm_generation import VLLMGeneration
-
-        args = self.args
-        own = [option.name for option in fields(self.Options) if option.name != self.flag]
-        shared = ["trust_remote_code", "repetition_penalty", "temperature", "top_p", "top_k"]
-        options = {name.removeprefix("vllm_"): getattr(args, name) for name in own + shared}
-        options["max_model_length"] = args.vllm_max_model_length or self.rules.max_length
-        # A completion ends at our end tokens and nowhere else, whatever the model's own config says
-        sampling = (args.generation_kwargs or {}) | {"ignore_eos": True, "stop_token_ids": self.rules.end_token_ids}
-        # The trainer scores the completions itself: vLLM's log-probs are off by more than λ allows
-        options |= {"generation_kwargs": sampling, "min_p": args.min_p or 0.0, "logprobs": None}
-        return VLLMGeneration(model, accelerator=self.accelerator, processing_class=self.rules.tokenizer, **options)
+        if isinstance(model, PeftModel):
+            if model.active_peft_config.peft_type != PeftType.LORA:
+                kind = model.active_peft_config.peft_type.value
+                raise ValueError(f"vLLM has no {kind} adapters: use LoRA, or leave `use_vllm` unset.")
+            if not model.get_base_model().name_or_path:
+                raise ValueError(
+                    "vLLM loads the weights below an adapter from where they came from, and this model was loaded from "
+                    "nowhere (its `name_or_path` is empty). Save it with `save_pretrained`, and pass the path instead."
+                )
+        if isinstance(model, torch.nn.Module):
+            dtype, training = _dtypes(args, model)
+            if dtype != training:
+                logger.warning(
+                    f"vLLM computes in {dtype}, training in {training}: it samples from a rounded opponent."
+                )
 
     @contextmanager
     def open(self, model: torch.nn.Module) -> Iterator[Complete]:
-        args, accelerator, synced = self.args, self.accelerator, False
-        if self._generation is None:
-            # FSDP's wrapper is what the Trainer takes for the model
-            wrapped = accelerator.distributed_type == DistributedType.FSDP
-            # It seeds torch's random generators
-            with forked_rng(accelerator.device), explain_out_of_memory("generation", _OUT_OF_MEMORY):
-                self._generation = self._connect(model if wrapped else accelerator.unwrap_model(model))
-        vllm = self._generation
+        args, processes, worker, compared = self.args, self.processes, None, False
+        rank, size = self.accelerator.process_index, args.vllm_tensor_parallel_size
+        first = rank - rank % size  # of the processes that share a worker
+        if self.accelerator.num_processes > 1 and self.accelerator.num_processes % size:
+            what = f"`vllm_tensor_parallel_size={size}` does not divide the {self.accelerator.num_processes} processes"
+            raise ValueError(f"{what}, each of which has one device: choose another.")
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        folder = processes.on_main(partial(mkdtemp, dir=args.output_dir, prefix=".opponent-"))
+        try:
+            try:
+                self.save_model(folder)
+                self.accelerator.wait_for_everyone()
+                if rank == first:
+                    environment = _environment(self.accelerator.device, size)
+                    worker = _Worker(args.vllm_python or sys.executable, environment, processes.stop)
+                    worker.ask(*self._describe(self.accelerator.unwrap_model(model), folder))
+            finally:
+                self.accelerator.wait_for_everyone()  # all have loaded it
+                processes.on_main(shutil.rmtree, folder)
 
-        def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]]:
-            nonlocal synced
-            shares = gather_object([(len(prompts), seeds[0])])
-            with forked_rng(accelerator.device), explain_out_of_memory("generation", _OUT_OF_MEMORY):
-                if not synced or args.vllm_enable_sleep_mode:  # asleep, it has lost its weights
-                    with unchanged_base_weights(vllm.model):
-                        vllm.sync_weights()
-                    synced = True
-                # In the same process, vLLM draws from the global random generator. The processes that share a model
-                # must draw the same
-                first = accelerator.process_index - accelerator.process_index % args.vllm_tensor_parallel_size
-                torch.manual_seed(shares[first][1])
-                vllm.max_completion_length = max_new_tokens
-                # TRL finds each process's share of the completions by its own number of prompts (trl 1.16)
-                missing = max(size for size, _ in shares) - len(prompts)
-                _, generated, _, _ = vllm.generate(prompts + prompts[:1] * missing, images=None, num_generations=1)
-            return [list(ids) for ids in generated[: len(prompts)]]
+            def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]] | None:
+                nonlocal compared
+                if size == 1:
+                    completions = worker.ask(prompts, seeds, max_new_tokens, not compared)
+                else:
+                    shares = gather_object([(prompts, seeds, max_new_tokens)])[first : first + size]
+                    all_prompts, all_seeds, limits = zip(*shares, strict=True)
+                    request = sum(all_prompts, []), sum(all_seeds, []), max(limits), not compared
+                    completions = gather_object([worker and worker.ask(*request)])[first]
+                    start = sum(map(len, all_prompts[: rank - first]))
+                    completions = completions and completions[start : start + len(prompts)]
+                if completions is None:
+                    return None
+                if not compared:
+                    self._compare(model, prompts[:_NUM_COMPARED], completions[:_NUM_COMPARED])
+                    compared = True
+                return [ids for ids, _ in completions]
 
-        yield complete
+            yield complete
+        finally:
+            if worker is not None:
+                worker.end()
+
+    def _describe(self, model: PreTrainedModel | PeftModel, folder: str) -> tuple[dict, dict, str | None]:
+        """vLLM's options, those of sampling, and the folder of the adapter, if there is one."""
+        args, rules, adapter = self.args, self.rules, None
+        options = {
+            "model": folder,
+            "dtype": _dtypes(args, model)[0],
+            "max_model_len": args.vllm_max_model_length or rules.max_length,
+            "tensor_parallel_size": args.vllm_tensor_parallel_size,
+            "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+            "trust_remote_code": args.trust_remote_code,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # not the model's own, which may have another temperature
+        }
+        if isinstance(model, PeftModel):
+            config, adapter = model.active_peft_config, folder
+            rank = max([config.r, *config.rank_pattern.values()])
+            options |= {"model": model.get_base_model().name_or_path, "enable_lora": True}
+            options["revision"] = (args.model_init_kwargs or {}).get("revision")
+            options["max_lora_rank"] = next((known for known in _MAX_LORA_RANKS if known >= rank), rank)
+        sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
+        # A completion ends at our end tokens and nowhere else, whatever the model's own config says
+        sampling |= {"min_p": args.min_p or 0.0, "ignore_eos": True, "stop_token_ids": rules.end_token_ids}
+        sampling |= {"detokenize": False} | (args.generation_kwargs or {})
+        return options | (args.vllm_kwargs or {}), sampling, adapter
+
+    @torch.no_grad()
+    def _compare(self, model: torch.nn.Module, prompts: list[list[int]], completions: list[tuple[list[int], float]]):
+        """Raises a `ValueError` if what vLLM completes with is not the opponent."""
+        was_training, gaps = model.training, []
+        model.eval()
+        for prompt, (generated, theirs) in zip(prompts, completions, strict=True):
+            ids = torch.tensor([prompt + generated], device=self.accelerator.device)
+            with self.accelerator.autocast():
+                logits = model(input_ids=ids).logits[:, len(prompt) - 1 : -1].float()
+            ours = selective_log_softmax(logits, ids[:, len(prompt) :]).sum().item()
+            gaps.append(abs(theirs - ours) / math.sqrt(len(generated)))
+        model.train(was_training)
+        gap, dtypes = sum(gaps) / len(gaps), _dtypes(self.args, self.accelerator.unwrap_model(model))
+        tolerance = _TOLERANCE if {*dtypes} == {"float32"} else _ROUGH_TOLERANCE
+        if not gap <= tolerance:
+            raise ValueError(
+                f"vLLM does not complete with the opponent: its log-probs of {len(gaps)} completions are off by {gap:.2g} "
+                f"nats times the square root of their length, beyond the {tolerance} that rounding explains (vLLM: "
+                f"{dtypes[0]}, training: {dtypes[1]}). Usual causes: weights below an adapter that are not those of "
+                "`name_or_path`, or a model that vLLM implements differently. Otherwise leave `use_vllm` unset."
+            )
 
     def describe(self) -> str:
         return "with vLLM"
+
+
+class _Worker:
+    """A process that runs `vllm_worker.py`, and what is asked of it."""
+
+    def __init__(self, python: str, environment: dict[str, str], stop: StopSignal):
+        self.stop, (self.connection, theirs) = stop, Pipe()
+        command = [python, str(Path(__file__).parents[1] / "vllm_worker.py"), str(theirs.fileno())]
+        options = {"env": environment, "pass_fds": [theirs.fileno()], "stdout": sys.stderr}
+        # Ctrl-C is for the run, which ends its worker
+        self.process = subprocess.Popen(command, start_new_session=True, **options)
+        theirs.close()
+
+    def ask(self, *request) -> Any:
+        """Its answer; `None` if a signal came first. Raises a `ValueError` if it fails."""
+        with suppress(BrokenPipeError):  # what it has said before it ended is there to be read
+            self.connection.send(request)
+        while not self.connection.poll(1):
+            if self.stop.signum:
+                return None
+        try:
+            answer = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            answer = f"it ended with exit code {self.process.wait()}, see its output above"
+        if isinstance(answer, str):
+            raise ValueError(f"vLLM cannot complete the prompts: {answer}")
+        return answer
+
+    def end(self):
+        self.connection.close()  # upon which it ends
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(0 if self.stop.signum else _SECONDS_TO_END)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # it, or what it has left behind
+        self.process.wait()
+
+
+def _environment(device: torch.device, num_devices: int) -> dict[str, str]:
+    """Environment of a worker: a program of its own, on the device of this process and the next ones."""
+    environment = {name: value for name, value in os.environ.items() if not _LAUNCHER.fullmatch(name)}
+    if device.type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[device.index or 0 :][:num_devices])
+    return {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"} | environment
+
+
+def _dtypes(args: Any, model: PreTrainedModel | PeftModel) -> tuple[str, str]:
+    """What vLLM and what training compute in."""
+    training = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(model.dtype).removeprefix("torch.")
+    return (args.vllm_kwargs or {}).get("dtype", training), training
