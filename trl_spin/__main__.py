@@ -19,6 +19,7 @@ Self-play fine-tuning (SPIN) of a supervised fine-tuned model on its own SFT dat
     trl-spin --config RECIPE [options]
     trl-spin report OUTPUT_DIR
     trl-spin evaluate OUTPUT_DIR [--tasks TASK ...]
+    trl-spin generate --iteration T --shard I/N [options of the run]
 
 --help       describes the options that matter most
 --help_all   describes all options, those of TRL's and transformers' trainers, too
@@ -51,9 +52,9 @@ ESSENTIALS = """
 """.split()
 
 
-def run(script_args, training_args, model_args, dataset_args):
+def make_trainer(script_args, training_args, model_args, dataset_args):
     """
-    Plays what the arguments describe, and saves the last iteration's model in `output_dir`.
+    The trainer of the run that the arguments describe.
 
     Args:
         script_args ([`~sources.DataArguments`]):
@@ -66,14 +67,18 @@ def run(script_args, training_args, model_args, dataset_args):
             Mixture of data.
 
     Returns:
-        [`SPINTrainer`]: Trainer after training.
+        [`SPINTrainer`]: Trainer before training.
     """
     from tqdm.auto import tqdm
     from trl import get_peft_config, get_quantization_config
 
     from . import SPINTrainer
-    from .run.checkpoints import save_model
-    from .run.files import explain_write_error
+    if not args.dry_run:
+        with explain_write_error(args.output_dir):
+            trainer.save_model(args.output_dir)
+        if args.push_to_hub:
+            trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.best_iteration.show_end(saved=args.output_dir)
     from .sources import load_data
 
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
@@ -110,17 +115,24 @@ def run(script_args, training_args, model_args, dataset_args):
     )
     trainer.dataset_name = script_args.dataset_name or ", ".join(part.path for part in dataset_args.datasets)
     trainer.shows_end = False  # not before the model is saved
-    resume = training_args.resume_from_checkpoint
+    return trainer
+
+
+def run(trainer, dataset_name):
+    """Plays, or goes on playing, and saves the last iteration's model in `output_dir`."""
+    from .run.files import explain_write_error
+
+    args = trainer.args
+    resume = args.resume_from_checkpoint
     # The command line passes text: "true" stands for the newest checkpoint in `output_dir`
     trainer.train(resume_from_checkpoint={"true": True, "false": False}.get(str(resume).lower(), resume))
-    if not training_args.dry_run:
-        with explain_write_error(training_args.output_dir):
-            save_model(trainer, training_args.output_dir)
-        if training_args.push_to_hub:
-            trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.best_iteration.show_end(saved=training_args.output_dir)
+    if not args.dry_run:
+        with explain_write_error(args.output_dir):
+            trainer.save_model(args.output_dir)
+        if args.push_to_hub:
+            trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.best_iteration.show_end(saved=args.output_dir)
     trainer.accelerator.end_training()
-    return trainer
 
 
 def short_help(parser, docstring: str) -> str:
@@ -143,8 +155,8 @@ def refuse(message: str):
     raise ValueError(message)
 
 
-def play(arguments: list[str]):
-    """`trl-spin` with options: a run, or their description."""
+def parse(arguments: list[str]) -> tuple | None:
+    """What the options of a run say; `None` if they asked for their description."""
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
     from . import SPINConfig
@@ -155,7 +167,8 @@ def play(arguments: list[str]):
     if "--help_all" in arguments:
         return parser.print_help()
     if {"-h", "--help"} & {*arguments}:
-        return sys.stdout.write(short_help(parser, SPINConfig.__doc__))
+        sys.stdout.write(short_help(parser, SPINConfig.__doc__))
+        return None
     if "--config" in arguments:
         position = arguments.index("--config") + 1
         name = "".join(arguments[position : position + 1])
@@ -163,9 +176,23 @@ def play(arguments: list[str]):
             if name not in RECIPES:
                 raise ValueError(f"`--config {name}` is no file, and none of the recipes: {', '.join(RECIPES)}.")
             arguments[position] = RECIPES[name]
-    # Unset, so that `run` can tell whether the user chose a dtype
+    # Unset, so that `make_trainer` can tell whether the user chose a dtype
     parser.set_defaults(dtype=None)
-    run(*parser.parse_args_and_config(arguments))
+    return parser.parse_args_and_config(arguments)
+
+
+def generate(arguments: list[str]):
+    """`trl-spin generate`: a share of a round, for a run that finds it on disk."""
+    parser = argparse.ArgumentParser(prog="trl-spin generate", description=generate.__doc__, allow_abbrev=False)
+    parser.add_argument("--iteration", type=int, required=True, help="Iteration whose opponent completes.")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="Share I of N, counted from 0. Default: all.")
+    parser.epilog = "All other options are those of the run: see `trl-spin --help`."
+    options, others = parser.parse_known_args(arguments)
+    shard = re.fullmatch(r"(\d+)/(\d+)", options.shard)
+    if not shard or int(shard[1]) >= int(shard[2]):
+        raise ValueError(f"`--shard {options.shard}` is no share: 0/3, 1/3 and 2/3 make a round.")
+    trainer = make_trainer(*parse(others))
+    trainer.self_play.complete_share(options.iteration, (int(shard[1]), int(shard[2])))
 
 
 def main():
@@ -183,8 +210,10 @@ def main():
             from .evaluate import main as evaluate
 
             evaluate(arguments[1:])
-        else:
-            play(arguments)
+        elif arguments[0] == "generate":
+            generate(arguments[1:])
+        elif parsed := parse(arguments):
+            run(make_trainer(*parsed), parsed[0].dataset_name)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, TypeError, OSError, ImportError, YAMLError) as error:
