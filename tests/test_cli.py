@@ -13,7 +13,10 @@
 # limitations under the License.
 
 import json
+import multiprocessing
 import os
+import re
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -29,7 +32,7 @@ from trl import DatasetMixtureConfig
 
 from trl_spin import SPINConfig, SPINTrainer
 from trl_spin.__main__ import main
-from trl_spin.run.games import load_game
+from trl_spin.run.games import load_game, read_manifest, write_rows
 from trl_spin.sources import DataArguments, load_data
 
 
@@ -105,6 +108,67 @@ def test_python_command_and_accelerate_launch_give_the_same_run(sft, monkeypatch
         )
     assert_equal_weights(sft / "command" / "model.safetensors", sft / "command" / "iteration-1" / "model.safetensors")
     assert "`data.jsonl`, 12 prompts" in (sft / "command" / "README.md").read_text()
+
+
+def killed_worker(arguments):
+    """A worker that dies as soon as a part of its share is on disk."""
+
+    def write(*args):
+        write_rows(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl_spin.run.processes.COMMIT_SECONDS", -1)
+        patch.setattr("trl_spin.generation.write_rows", write)
+        run(patch, arguments)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_workers_complete_a_round(sft, monkeypatch, capsys, caplog, adapter):
+    """Three of them: one is killed and started again, one does its share twice. The run then generates nothing."""
+    options = {"held_out_size": 4, "save_strategy": "epoch", "generation_token_budget": 60}
+    options |= {"use_peft": True, "lora_target_modules": "all-linear"} if adapter else {}
+    run(monkeypatch, command_line(sft, "alone", **options))
+    for iteration in range(2):
+
+        def worker(share, iteration=iteration):
+            own = ["--iteration", str(iteration), "--shard", share]
+            return ["generate", *command_line(sft, "fleet", **options), *own]
+
+        run(monkeypatch, worker("0/3"))
+        process = multiprocessing.get_context("fork").Process(target=killed_worker, args=[worker("1/3")])
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        for share in ("1/3", "2/3", "2/3"):
+            run(monkeypatch, worker(share))
+        said = [line for line in capsys.readouterr().out.splitlines() if "completed" in line and "share" in line]
+        numbers = [[int(number) for number in re.findall(r"(\d+) (?:train|eval)", line)] for line in said]
+        assert numbers[0][0] == 3 and 0 < sum(numbers[1]) < 5 and numbers[2][0] == 2 and numbers[3] == [0, 0]
+        caplog.clear()
+        length = {"num_self_play_iterations": iteration + 1, "resume_from_checkpoint": True}
+        run(monkeypatch, command_line(sft, "fleet", **options | length))
+        assert "8 of 8 train prompts have been completed already" in caplog.text
+        metrics, games = read_manifest(sft / "fleet", iteration)["metrics"], []
+        assert metrics["self_play/generated_tokens_per_second"] == 0
+        for directory in ("alone", "fleet"):
+            games.append({name: rows[:] for name, rows in load_game(sft / directory, iteration).items()})
+        assert games[0] == games[1]
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
+    assert_equal_weights(*(sft / run / "iteration-1" / name for run in ("alone", "fleet")))
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        (["--iteration", "0", "--shard", "3/3"], "`--shard 3/3` is no share: 0/3, 1/3 and 2/3 make a round"),
+        (["--iteration", "1"], "There is no opponent for iteration 1: .*iteration-0/manifest.json is missing"),
+        (["--shard", "0/3"], "the following arguments are required: --iteration"),
+    ],
+)
+def test_a_share_that_does_not_exist_is_refused(sft, monkeypatch, own, message):
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, ["generate", *own, *command_line(sft, "fleet")])
 
 
 def test_the_command_line_overrides_yaml(sft, monkeypatch):

@@ -58,10 +58,13 @@ def complete(model, tokenizer, prompts, tmp_path, seeds=None, max_length=None, e
         play_empty=False,
         play_identical=False,
     )
-    engine = chosen_engine(args)(args, Processes(accelerator, StopSignal(accelerator), quiet=True), rules)
+    engine = chosen_engine(args)(
+        args, Processes(accelerator, StopSignal(accelerator), quiet=True), rules, save_model=None
+    )
     rows = Columns(Dataset.from_dict({"row": range(len(prompts)), "prompt_ids": prompts}))
     seed_of = seeds.__getitem__ if seeds else partial(row_seed, 0)
-    completions = engine.complete(model, rows, seed_of, args.max_completion_length, desc=None)
+    with engine.open(model) as generate:
+        completions = engine.complete(generate, rows, seed_of, args.max_completion_length, desc=None)
     assert completions["index"].to_pylist() == list(range(len(prompts)))
     return completions.drop_columns("index").to_pylist()
 
@@ -227,7 +230,7 @@ def test_large_batches_are_even(tmp_path, tokenizer, num_prompts, num_processes,
     accelerator = SimpleNamespace(num_processes=num_processes)
     rules = Rules(tokenizer, [0], None, truncated="keep", play_empty=False, play_identical=False)
     processes = Processes(accelerator, StopSignal(accelerator), quiet=True)
-    engine = ContinuousBatching(make_args(tmp_path, **CONTINUOUS), processes, rules)
+    engine = ContinuousBatching(make_args(tmp_path, **CONTINUOUS), processes, rules, save_model=None)
     batches = engine.batches(np.ones(num_prompts, int), 1)
     assert [len(batch) for batch in batches] == sizes
     assert sorted(np.concatenate(batches)) == list(range(num_prompts))

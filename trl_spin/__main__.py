@@ -186,6 +186,7 @@ def generate(arguments: list[str]):
     parser = argparse.ArgumentParser(prog="trl-spin generate", description=generate.__doc__, allow_abbrev=False)
     parser.add_argument("--iteration", type=int, required=True, help="Iteration whose opponent completes.")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="Share I of N, counted from 0. Default: all.")
+    parser.error = refuse
     parser.epilog = "All other options are those of the run: see `trl-spin --help`."
     options, others = parser.parse_known_args(arguments)
     shard = re.fullmatch(r"(\d+)/(\d+)", options.shard)

@@ -18,17 +18,20 @@ import time
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import DPOTrainer
 
 from .engines import Engine
-from .generation import check_played, generate_pairs, score
+from .generation import check_played, commit_completions, generate_pairs, score
 from .measures import Measures
+from .memory import DEFAULT_BUDGET
 from .pairs import Game, Pairs, opponents
+from .run.files import find_fault, model_dir
 from .run.games import Request, find_stored, load_game, remove_completions, store_game
 from .run.logs import logger
-from .run.processes import Processes
-from .run.resume import library_versions
+from .run.processes import Processes, StopRequested
+from .run.resume import library_versions, recorded_token_budget
 from .run.weights import weights_fingerprint
 from .spin_config import SPINConfig
 
@@ -158,3 +161,36 @@ class SelfPlayCallback(TrainerCallback):
         """The opponent's pairs on these datasets, and the number of tokens that it generated for them."""
         trainer = self.trainer
         return generate_pairs(self.engine, trainer.model_wrapped, self.game, request, names)
+
+    def complete_share(self, iteration: int, share: tuple[int, int]):
+        """
+        Completes a share of a round, for a run that finds the completions in its `output_dir`.
+
+        Args:
+            iteration (`int`):
+                Iteration, whose opponent is the model that the one before has left in `output_dir`.
+            share (`tuple[int, int]`):
+                With (i, n), rows i, i + n, i + 2n and so on of each dataset.
+
+        Raises:
+            `ValueError`: If the opponent is not there, or damaged.
+        """
+        trainer, args, names = self.trainer, self.trainer.args, list(self.game.datasets)
+        if iteration > 0:
+            directory = model_dir(args.output_dir, iteration - 1)
+            if fault := find_fault(directory, iteration=iteration - 1):
+                raise ValueError(
+                    f"There is no opponent for iteration {iteration}: {fault}. Play the iterations before it."
+                )
+            trainer._load_from_checkpoint(str(directory))
+        budget = args.generation_token_budget or recorded_token_budget(args.output_dir)
+        self.engine.token_budget = budget or DEFAULT_BUDGET
+        request, model = self.request(iteration), trainer.model_wrapped
+        try:
+            with self.processes.stop:
+                missing = commit_completions(self.engine, model, self.game, request, names, share)
+        except StopRequested as stopped:
+            raise SystemExit(128 + stopped.signum) from None
+        if trainer.is_world_process_zero():
+            counts = ", ".join(f"{rows.sum():,} {name}" for name, rows in missing.items())
+            tqdm.write(f"Iteration {iteration}, share {share[0]}/{share[1]}: completed {counts} prompts.")

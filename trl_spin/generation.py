@@ -16,6 +16,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -52,11 +53,11 @@ def row_seed(*position: Any) -> int:
 
 
 def commit_completions(
-    engine: Engine, model: torch.nn.Module, game: Game, request: Request, name: str, share: tuple[int, int] = (0, 1)
-) -> np.ndarray:
+    engine: Engine, model: torch.nn.Module, game: Game, request: Request, names: list[str], share: tuple = (0, 1)
+) -> dict[str, np.ndarray]:
     """
-    Commits the opponent's completions of a dataset's prompts to disk, every few minutes. Those that are there already,
-    from a stopped run or a worker elsewhere, are not generated again.
+    Commits the opponent's completions of some datasets' prompts to disk, every few minutes. Those that are there
+    already, from a stopped run or a worker elsewhere, are not generated again.
 
     Args:
         engine ([`~engines.Engine`]):
@@ -67,26 +68,35 @@ def commit_completions(
             Game.
         request ([`~run.games.Request`]):
             For which iteration, and where completions are committed.
-        name (`str`):
-            Name of the dataset.
+        names (`list[str]`):
+            Names of the datasets.
         share (`tuple[int, int]`, *optional*, defaults to `(0, 1)`):
             With (i, n), only rows are completed whose index is i modulo n.
 
     Returns:
-        `np.ndarray`: Whether each row was missing, and is now completed.
+        `dict[str, np.ndarray]`: Whether each row of each dataset was missing, and is now completed.
     """
-    dataset, args, iteration, write = game.datasets[name], engine.args, request.iteration, engine.processes.write
-    directory, indices = request.directory(args.output_dir), np.arange(len(dataset))
-    dataset.turn_to(iteration)
-    found = engine.processes.on_main(read_completions, args.output_dir, request, name, len(dataset))
-    done = np.isin(indices, committed(found)[0])
-    if done.any() and name == "train":
-        counted = f"{done.sum()} of {len(dataset)} {name} prompts have been completed already"
-        logger.warning(f"Iteration {iteration}: {counted}. Their completions are used.")
-    missing, seed_of = ~done & (indices % share[1] == share[0]), partial(row_seed, args.seed, iteration, name)
-    limit, desc = args.max_completion_length, f"Iteration {iteration}: completing {name} prompts"
-    commit = partial(write, directory, write_rows, directory, name)
-    engine.complete(model, dataset.columns, seed_of, limit, desc, commit, ~missing)
+    args, iteration, write, missing = engine.args, request.iteration, engine.processes.write, {}
+    directory = request.directory(args.output_dir)
+    for name in names:
+        game.datasets[name].turn_to(iteration)
+        indices = np.arange(len(game.datasets[name]))
+        found = engine.processes.on_main(read_completions, args.output_dir, request, name, len(indices))
+        done = np.isin(indices, committed(found)[0])
+        missing[name] = ~done & (indices % share[1] == share[0])
+        if done.any() and name == "train":
+            counted = f"{done.sum()} of {len(indices)} {name} prompts have been completed already"
+            logger.warning(f"Iteration {iteration}: {counted}. Their completions are used.")
+    nothing = not any(rows.any() for rows in missing.values())
+    with nullcontext() if nothing else engine.open(model) as generate:
+        for name, rows in missing.items():
+            desc, seed_of = (
+                f"Iteration {iteration}: completing {name} prompts",
+                partial(row_seed, args.seed, iteration, name),
+            )
+            commit = partial(write, directory, write_rows, directory, name)
+            columns, limit = game.datasets[name].columns, args.max_completion_length
+            engine.complete(generate, columns, seed_of, limit, desc, commit, ~rows)
     return missing
 
 
@@ -113,8 +123,7 @@ def generate_pairs(
 ) -> tuple[dict[str, Dataset], int]:
     """The opponent's pairs on some datasets of the game, and the number of tokens that it generated for them."""
     pairs, num_tokens, output_dir = {}, 0, engine.args.output_dir
-    for name in names:
-        missing = commit_completions(engine, model, game, request, name)
+    for name, missing in commit_completions(engine, model, game, request, names).items():
         pairs[name] = engine.processes.write(output_dir, pair_completions, game, output_dir, request, name)
         num_tokens += int(Columns(pairs[name]).lengths("generated_ids")[missing].sum())
     return pairs, num_tokens

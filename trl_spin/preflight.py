@@ -124,7 +124,8 @@ class PreflightCallback(TrainerCallback):
 
         with forked_rng(processes.accelerator.device), torch.no_grad():
             seed_of, limit = [row["row"] for row in rows].index, min(args.max_completion_length, _TRIAL_TOKENS)
-            completions = self.engines[1].complete(model, rows, seed_of, limit, desc=None).to_pylist()
+            with self.engines[1].open(model) as generate:
+                completions = self.engines[1].complete(generate, rows, seed_of, limit, desc=None).to_pylist()
             pairs = [game.rules.make_pair(*row, 0, held_out=False) for row in zip(rows, completions, strict=True)]
             pairs = Dataset.from_list(pairs, features=PAIR_FEATURES)
             model.eval()

@@ -111,8 +111,9 @@ class ProbeCallback(TrainerCallback):
             dataset = self.game.watched
             rows = dataset.all_rows.select(range(min(args.num_probes, len(dataset))))
             seed_of = partial(row_seed, args.seed, -1, f"{dataset.name} probes")
-            limit, model = args.max_completion_length, self.trainer.model_wrapped
-            completions = self.engine.complete(model, Columns(rows), seed_of, limit, "Probes").to_pydict()
+            with self.engine.open(self.trainer.model_wrapped) as generate:
+                given = Columns(rows), seed_of, args.max_completion_length, "Probes"
+                completions = self.engine.complete(generate, *given).to_pydict()
             data, read_prompt = self.game.sources[dataset.name]
             probes = pandas.DataFrame({"row": rows["row"][:], "truncated": completions["truncated"]})
             probes["prompt"] = [_last_turn(read_prompt(data[row])) for row in rows["row"][:]]

@@ -231,7 +231,9 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             probe_args.generation_kwargs = None  # which are the engine's
             probe_engine = Generate(probe_args, processes, game.rules, self.save_model)
         best_metric = BestMetric(args.metric_for_best_iteration, args.output_dir)
-        self_play = SelfPlayCallback(self, game, processes, engine, Measures(game, compute_completion_metrics))
+        self_play = self.self_play = SelfPlayCallback(
+            self, game, processes, engine, Measures(game, compute_completion_metrics)
+        )
         self.best_iteration = BestIterationCallback(self, game, processes, best_metric)
         self.add_callback(PreflightCallback(self, game, processes, [engine, probe_engine], self._settings))
         if compute_completion_metrics is not None:

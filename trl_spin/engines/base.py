@@ -113,7 +113,7 @@ class Engine:
 
     def complete(
         self,
-        model: torch.nn.Module,
+        generate: Complete,
         rows: Columns,
         seed_of: Callable[[int], int],
         max_new_tokens: int,
@@ -122,12 +122,11 @@ class Engine:
         done: np.ndarray | None = None,
     ) -> pyarrow.Table | None:
         """
-        Completes the prompts of all rows. Model mode, gradient checkpointing and generation config are as before
-        afterwards.
+        Completes the prompts of all rows.
 
         Args:
-            model (`torch.nn.Module`):
-                Model as prepared for training.
+            generate (`Callable`):
+                What [`open`] gives.
             rows ([`~pairs.Columns`]):
                 Rows, with `row` and `prompt_ids`.
             seed_of (`Callable[[int], int]`):
@@ -147,26 +146,26 @@ class Engine:
         """
         lengths = rows.lengths("prompt_ids")
         kept, limits = [], np.minimum(max_new_tokens, (self.rules.max_length or sys.maxsize) - lengths)
-        with self.open(model) as generate:
 
-            def complete_batch(batch: np.ndarray) -> pyarrow.Table | None:
-                prompts, seeds = zip(*((rows[i]["prompt_ids"], seed_of(rows[i]["row"])) for i in batch), strict=True)
-                generated = generate(list(prompts), list(seeds), int(limits[batch].max()))
-                if generated is None:
-                    return None
-                of_row = zip(generated, limits[batch].tolist(), strict=True)
-                ids, truncated = zip(*(self.rules.finish(*row) for row in of_row), strict=True)
-                ids = pyarrow.array(ids, pyarrow.list_(pyarrow.int32()))
-                return pyarrow.table({"generated_ids": ids, "truncated": truncated, "index": batch})
+        def complete_batch(batch: np.ndarray) -> pyarrow.Table | None:
+            prompts, seeds = zip(*((rows[i]["prompt_ids"], seed_of(rows[i]["row"])) for i in batch), strict=True)
+            generated = generate(list(prompts), list(seeds), int(limits[batch].max()))
+            if generated is None:
+                return None
+            of_row = zip(generated, limits[batch].tolist(), strict=True)
+            ids, truncated = zip(*(self.rules.finish(*row) for row in of_row), strict=True)
+            ids = pyarrow.array(ids, pyarrow.list_(pyarrow.int32()))
+            return pyarrow.table({"generated_ids": ids, "truncated": truncated, "index": batch})
 
-            self.processes.map(
-                self.batches(lengths, max_new_tokens), complete_batch, desc, commit or kept.append, done
-            )
+        self.processes.map(self.batches(lengths, max_new_tokens), complete_batch, desc, commit or kept.append, done)
         clear_device_cache()
         return pyarrow.concat_tables(kept).sort_by("index") if kept else None
 
     def open(self, model: torch.nn.Module) -> AbstractContextManager[Complete]:
-        """Completes prompts with the model as prepared for training, for as long as its weights stay as they are."""
+        """
+        Completes prompts with the model as prepared for training, for as long as its weights stay as they are. Model
+        mode, gradient checkpointing and generation config are as before afterwards.
+        """
         raise NotImplementedError
 
     def describe(self) -> str:
