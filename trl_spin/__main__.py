@@ -73,12 +73,6 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
     from . import SPINTrainer
-    if not args.dry_run:
-        with explain_write_error(args.output_dir):
-            trainer.save_model(args.output_dir)
-        if args.push_to_hub:
-            trainer.push_to_hub(dataset_name=dataset_name)
-        trainer.best_iteration.show_end(saved=args.output_dir)
     from .sources import load_data
 
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
@@ -120,6 +114,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
 
 def run(trainer, dataset_name):
     """Plays, or goes on playing, and saves the last iteration's model in `output_dir`."""
+    from .run.checkpoints import save_model
     from .run.files import explain_write_error
 
     args = trainer.args
@@ -128,7 +123,7 @@ def run(trainer, dataset_name):
     trainer.train(resume_from_checkpoint={"true": True, "false": False}.get(str(resume).lower(), resume))
     if not args.dry_run:
         with explain_write_error(args.output_dir):
-            trainer.save_model(args.output_dir)
+            save_model(trainer, args.output_dir)
         if args.push_to_hub:
             trainer.push_to_hub(dataset_name=dataset_name)
         trainer.best_iteration.show_end(saved=args.output_dir)

@@ -27,6 +27,7 @@ from .generation import check_played, commit_completions, generate_pairs, score
 from .measures import Measures
 from .memory import DEFAULT_BUDGET
 from .pairs import Game, Pairs, opponents
+from .run.checkpoints import load_model
 from .run.files import find_fault, model_dir
 from .run.games import Request, find_stored, load_game, remove_completions, store_game
 from .run.logs import logger
@@ -182,7 +183,7 @@ class SelfPlayCallback(TrainerCallback):
                 raise ValueError(
                     f"There is no opponent for iteration {iteration}: {fault}. Play the iterations before it."
                 )
-            trainer._load_from_checkpoint(str(directory))
+            load_model(trainer, directory)
         budget = args.generation_token_budget or recorded_token_budget(args.output_dir)
         self.engine.token_budget = budget or DEFAULT_BUDGET
         request, model = self.request(iteration), trainer.model_wrapped

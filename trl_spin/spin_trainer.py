@@ -52,7 +52,7 @@ from .objectives import ChosenLosses
 from .pairs import Game, GameDataset, PairCollator, leave_out_unplayed
 from .preflight import DryRun, PreflightCallback
 from .report.card import public_name, write_model_card
-from .run.checkpoints import Checkpoints
+from .run.checkpoints import Checkpoints, save_model
 from .run.files import read_records
 from .run.logs import logger
 from .run.processes import Processes, StopRequested, StopSignal, explain_out_of_memory
@@ -225,11 +225,11 @@ class SPINTrainer(SharedPrefixDPOTrainer):
     def _attach_callbacks(self, engine_class, compute_completion_metrics):
         """One callback for each concern, in the order in which they act."""
         args, game, processes = self.args, self.game, self.processes
-        engine = probe_engine = engine_class(args, processes, game.rules, self.save_model)
+        engine = probe_engine = engine_class(args, processes, game.rules, lambda folder: save_model(self, folder))
         if engine_class is not Generate:  # probes can be compared: their samples depend on their seeds alone
             probe_args = copy.copy(args)
             probe_args.generation_kwargs = None  # which are the engine's
-            probe_engine = Generate(probe_args, processes, game.rules, self.save_model)
+            probe_engine = Generate(probe_args, processes, game.rules, engine.save_model)
         best_metric = BestMetric(args.metric_for_best_iteration, args.output_dir)
         self_play = self.self_play = SelfPlayCallback(
             self, game, processes, engine, Measures(game, compute_completion_metrics)
