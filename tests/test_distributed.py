@@ -43,6 +43,9 @@ from trl_spin.run.weights import weights_fingerprint
 
 def play(output_dir, kind: str, batch_size: int, model=None, resume=None, callbacks=None, **options):
     tokenizer = make_tokenizer()
+    if kind == "vllm":  # two processes share one
+        parallel = int(os.environ.get("WORLD_SIZE", 1))
+        options |= {"use_vllm": True, "vllm_python": sys.executable, "vllm_tensor_parallel_size": parallel}
     trainer = SPINTrainer(
         model or make_model(tokenizer),
         args=make_args(
@@ -97,8 +100,9 @@ def assert_same_game(one: Path, two: Path, iteration: int) -> dict[str, Dataset]
     return one
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "continuous"])
-def test_two_processes_play_the_same_game_as_one(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["full", "lora", "continuous", "vllm"])
+def test_two_processes_play_the_same_game_as_one(tmp_path, kind, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("stand_in")))  # for vLLM
     play(tmp_path / "one", kind, batch_size=4)
     run("torch.distributed.run --standalone --nproc_per_node 2", tmp_path / "two", kind, ACCELERATE_USE_CPU="true")
     first, second = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2))

@@ -47,7 +47,7 @@ _LAUNCHER = re.compile("((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|MASTER_.*|TORCHE
 _SECONDS_TO_END = 30
 # Completions whose log-probs are compared with the model's, and how far off they may be on average, in nats times the
 # square root of the length: where both sides compute in float32, and otherwise
-_NUM_COMPARED, _TOLERANCE, _ROUGH_TOLERANCE = 4, 1e-3, 0.1
+_NUM_COMPARED, _TOLERANCE, _ROUGH_TOLERANCE = 16, 1e-3, 0.3
 _MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 
 
