@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -31,10 +32,12 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_spin import SelfPlayCallback, SPINTrainer
+from trl_spin.generation import commit_completions, pair_completions
 from trl_spin.memory import MemoryPlan
 from trl_spin.preflight import PreflightCallback
 from trl_spin.run.files import game_dir, read_json, write_json
 from trl_spin.run.games import load_game, read_manifest
+from trl_spin.run.resume import run_lock
 
 
 GAME = {"num_self_play_iterations": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
@@ -216,7 +219,9 @@ def test_a_damaged_game_is_named_and_made_again(run, caplog):
     assert shard.read_bytes() == before
 
 
-def test_an_edited_shard_of_completions_is_named_and_made_again(tmp_path, caplog, monkeypatch):
+# What makes a shard of every round of batches: that it is time, or that enough results are waiting
+@pytest.mark.parametrize("limit", ["COMMIT_SECONDS", "_COMMIT_BYTES"])
+def test_an_edited_shard_of_completions_is_named_and_made_again(tmp_path, caplog, monkeypatch, limit):
     class Killed(Exception):
         pass
 
@@ -224,7 +229,7 @@ def test_an_edited_shard_of_completions_is_named_and_made_again(tmp_path, caplog
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("trl_spin.run.processes.COMMIT_SECONDS", -1)
+        patch.setattr(f"trl_spin.run.processes.{limit}", -1)
         patch.setattr("trl_spin.callbacks.SelfPlayCallback.score", scored)
         with pytest.raises(Killed):
             make_trainer(tmp_path, generation_token_budget=130).train()
@@ -242,6 +247,22 @@ def test_an_edited_shard_of_completions_is_named_and_made_again(tmp_path, caplog
     assert not list(tmp_path.rglob("completions-*"))
 
 
+def test_a_round_is_completed_in_shares(tmp_path, caplog, stopped):
+    """As workers do, one of them twice, before there is a run."""
+    for i, new in ((2, 4), (0, 4), (2, 0), (1, 4)):
+        worker = make_trainer(tmp_path, **GAME)
+        self_play = callback_of(worker, SelfPlayCallback)
+        request, model = self_play.request(0), worker.model
+        assert (
+            commit_completions(self_play.engine, model, worker.game, request, ["train"], (i, 3))["train"].sum() == new
+        )
+    next(tmp_path.glob("self_play/iteration-0/completions-*/*")).unlink()
+    with pytest.raises(ValueError, match="4 of 12 completions of the train dataset are not there"):
+        pair_completions(worker.game, str(tmp_path), request, "train")
+    assert_same_weights(resume(tmp_path), stopped[1])
+    assert "8 of 12 train prompts have been completed already" in caplog.text
+
+
 def test_the_manifest_says_what_the_game_depends_on(stopped):
     output_dir, _ = stopped
     manifest = read_manifest(output_dir, 1)
@@ -256,6 +277,13 @@ def test_a_run_of_another_schema_is_refused(run, monkeypatch):
     monkeypatch.setattr("trl_spin.run.files.SCHEMA_VERSION", 99)
     with pytest.raises(ValueError, match="run.json has the schema version 4, this trl-spin reads 99"):
         resume(run[0])
+
+
+def test_an_output_dir_that_is_another_one_for_another_process_is_refused(tmp_path):
+    accelerator = SimpleNamespace(is_main_process=True)
+    elsewhere = SimpleNamespace(accelerator=accelerator, on_main=lambda acquire: acquire() + ".", smallest=float)
+    with pytest.raises(ValueError, match="on a file system that all nodes share"), run_lock(elsewhere, str(tmp_path)):
+        pass
 
 
 # ---- The contract ----

@@ -170,7 +170,7 @@ def test_an_option_is_refused_by_its_name_or_means_what_it_says(tmp_path, name):
     "options, message",
     [
         ({"use_vllm": True, "use_transformers_continuous_batching": True}, "are both set"),
-        ({"prompts_per_iteration": 2, "opponent_history": 1}, "`prompts_per_iteration=2`.* completed other prompts"),
+        ({"prompts_per_iteration": 2, "opponent_history": 1}, "needs the same prompts.* got 2"),
         ({"use_vllm": True, "vllm_mode": "server"}, "`vllm_mode` must be .*'offline'.*, got 'server'"),
         ({"vllm_python": "python"}, "`vllm_python='python'` means nothing to .*'generate'"),
         ({"generation_kwargs": {"top_p": 0.9, "max_new_tokens": 5}}, r"\['max_new_tokens', 'top_p'\].*Remove them"),

@@ -23,10 +23,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import DPOTrainer
 
 from .engines import Engine
-from .generation import check_played, commit_completions, generate_pairs, score
+from .generation import check_played, commit_completions, pair_completions, score
 from .measures import Measures
 from .memory import DEFAULT_BUDGET
-from .pairs import Game, Pairs, opponents
+from .pairs import Columns, Game, Pairs, opponents
 from .run.checkpoints import load_model
 from .run.files import find_fault, model_dir
 from .run.games import Request, find_stored, load_game, remove_completions, store_game
@@ -160,8 +160,11 @@ class SelfPlayCallback(TrainerCallback):
 
     def complete(self, request: Request, names: list[str]) -> tuple[dict[str, Dataset], int]:
         """The opponent's pairs on these datasets, and the number of tokens that it generated for them."""
-        trainer = self.trainer
-        return generate_pairs(self.engine, trainer.model_wrapped, self.game, request, names)
+        output_dir, model, pairs, num_tokens = self.trainer.args.output_dir, self.trainer.model_wrapped, {}, 0
+        for name, missing in commit_completions(self.engine, model, self.game, request, names).items():
+            pairs[name] = self.processes.write(output_dir, pair_completions, self.game, output_dir, request, name)
+            num_tokens += int(Columns(pairs[name]).lengths("generated_ids")[missing].sum())
+        return pairs, num_tokens
 
     def complete_share(self, iteration: int, share: tuple[int, int]):
         """

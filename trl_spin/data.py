@@ -107,9 +107,9 @@ def hold_out(
         eval_dataset, shuffled = train_dataset, random.Random(args.seed).sample(rows, len(rows))
         rows = sorted(shuffled[size:])
         subsets = {"eval": sorted(shuffled[:size]), "train": rows}
-    most = min(args.max_prompts or len(rows), len(rows))
-    if most < len(rows) or args.prompts_per_iteration:  # which are then next to each other
-        subsets["train"] = random.Random(args.seed).sample(rows, most)
+    if args.prompts_per_iteration or (args.max_prompts or len(rows)) < len(rows):
+        # Those of an iteration lie next to each other
+        subsets["train"] = random.Random(args.seed).sample(rows, min(args.max_prompts or len(rows), len(rows)))
     needed_by = [f"{name}=True" for name in ("early_stopping", "load_best_iteration_at_end") if getattr(args, name)]
     if measures:
         needed_by.append("compute_completion_metrics")

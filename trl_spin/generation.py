@@ -114,24 +114,13 @@ def pair_completions(game: Game, output_dir: str, request: Request, name: str) -
     rows = zip(dataset.columns, map(Columns(concatenate_datasets(shards)).__getitem__, positions), strict=True)
     pairs = (game.rules.make_pair(*row, iteration, held_out=name != "train") for row in rows)
     slices = iter(lambda: list(islice(pairs, _SLICE)), [])
-    tables = (pyarrow.Table.from_pylist(part, schema) for part in slices)
-    return write_pairs(request.directory(output_dir) / f"{name}-pairs.arrow", tables, schema)
-
-
-def generate_pairs(
-    engine: Engine, model: torch.nn.Module, game: Game, request: Request, names: list[str]
-) -> tuple[dict[str, Dataset], int]:
-    """The opponent's pairs on some datasets of the game, and the number of tokens that it generated for them."""
-    pairs, num_tokens, output_dir = {}, 0, engine.args.output_dir
-    for name, missing in commit_completions(engine, model, game, request, names).items():
-        pairs[name] = engine.processes.write(output_dir, pair_completions, game, output_dir, request, name)
-        num_tokens += int(Columns(pairs[name]).lengths("generated_ids")[missing].sum())
-    return pairs, num_tokens
+    path = request.directory(output_dir) / f"{name}-pairs.arrow"
+    return write_pairs(path, (pyarrow.Table.from_pylist(part, schema) for part in slices), schema)
 
 
 def check_played(pairs: Dataset, rules: Rules, iteration: int):
     """Raises a `ValueError` if there is no pair to learn from."""
-    if any(pairs["played"]):
+    if any(pairs["played"][:]):
         return
     shares = ", ".join(f"{sum(pairs[kind][:])} are {kind}" for kind in ("empty", "identical", "truncated"))
     examples = pairs.select(range(min(3, len(pairs))))

@@ -61,11 +61,8 @@ _BOUNDS = (
     ("> 0", lambda v: v > 0, "repetition_penalty vllm_gpu_memory_utilization"),
     (">= 0", lambda v: v >= 0, "sft_weight opponent_history held_out_size num_probes temperature top_k min_p"),
     (">= 1", lambda v: v >= 1, "num_self_play_iterations num_train_epochs max_prompts max_completion_length"),
-    (
-        ">= 1",
-        lambda v: v >= 1,
-        "prompts_per_iteration generation_token_budget vllm_max_model_length vllm_tensor_parallel_size",
-    ),
+    (">= 1", lambda v: v >= 1, "generation_token_budget vllm_max_model_length vllm_tensor_parallel_size"),
+    (">= 1", lambda v: v >= 1, "prompts_per_iteration"),
     ("<= 1", lambda v: v <= 1, "top_p min_p vllm_gpu_memory_utilization"),
 )
 _NUMBERS = {int: Integral, float: Real}  # which numpy's are as well
@@ -376,10 +373,8 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
                 f"`sft_weight={self.sft_weight}` and `loss_type={self.loss_type}` are the same anchor: unset one."
             )
         if self.prompts_per_iteration and self.opponent_history:
-            what = (
-                f"`prompts_per_iteration={self.prompts_per_iteration}` and `opponent_history={self.opponent_history}`"
-            )
-            raise ValueError(f"{what} contradict each other: earlier opponents completed other prompts. Unset one.")
+            what = f"`opponent_history={self.opponent_history}` needs the same prompts in every iteration"
+            raise ValueError(f"{what}: `prompts_per_iteration` must be unset, got {self.prompts_per_iteration}.")
         chosen_engine(self)
 
     def _check_values(self):

@@ -15,7 +15,6 @@
 """What engines have in common: their interface, their registry, and the model made ready to generate."""
 
 import math
-import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import field, fields, make_dataclass
@@ -145,7 +144,8 @@ class Engine:
             `index` of each row, in their order, if there is no `commit`.
         """
         lengths = rows.lengths("prompt_ids")
-        kept, limits = [], np.minimum(max_new_tokens, (self.rules.max_length or sys.maxsize) - lengths)
+        limits = np.minimum(max_new_tokens, (self.rules.max_length or np.inf) - lengths).astype(int)
+        batches, kept = self.batches(lengths, max_new_tokens), []
 
         def complete_batch(batch: np.ndarray) -> pyarrow.Table | None:
             prompts, seeds = zip(*((rows[i]["prompt_ids"], seed_of(rows[i]["row"])) for i in batch), strict=True)
@@ -157,7 +157,7 @@ class Engine:
             ids = pyarrow.array(ids, pyarrow.list_(pyarrow.int32()))
             return pyarrow.table({"generated_ids": ids, "truncated": truncated, "index": batch})
 
-        self.processes.map(self.batches(lengths, max_new_tokens), complete_batch, desc, commit or kept.append, done)
+        self.processes.map(batches, complete_batch, desc, commit or kept.append, done)
         clear_device_cache()
         return pyarrow.concat_tables(kept).sort_by("index") if kept else None
 

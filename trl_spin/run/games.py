@@ -17,9 +17,8 @@
 import glob
 import hashlib
 import json
-import os
 import shutil
-import socket
+import uuid
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -79,8 +78,8 @@ def write_rows(directory: Path, name: str, rows: pyarrow.Table):
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, rows.schema) as stream:
         stream.write_table(rows)
-    data, writer = sink.getvalue(), f".{socket.gethostname()}-{os.getpid()}"
-    with atomic_open(directory / f"{name}-{hashlib.sha256(data).hexdigest()}.arrow", writer) as file:
+    data = sink.getvalue()
+    with atomic_open(directory / f"{name}-{hashlib.sha256(data).hexdigest()}.arrow", f".{uuid.uuid4().hex}") as file:
         file.write(data)
 
 

@@ -133,10 +133,7 @@ def game_settings(args: SPINConfig, game: Game) -> dict[str, Any]:
         "pairs": pairs | {"play_identical": rules.play_identical},
         "end_token_ids": rules.end_token_ids,
         "max_length": rules.max_length,
-        "data": {
-            name: f"{len(dataset.all_rows)} rows, {dataset.columns.fingerprint()}"
-            for name, dataset in game.datasets.items()
-        },
+        "data": {name: f"{len(data.rows)} rows, {data.columns.fingerprint()}" for name, data in game.datasets.items()},
         "chat_template": hashlib.sha256(str(rules.tokenizer.chat_template).encode()).hexdigest(),
     }
 
