@@ -99,7 +99,7 @@ def play(directory: Path):
                 peak[name] = max(peak[name], megabytes)
 
     threading.Thread(target=watch, daemon=True).start()
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     dataset = Dataset.from_file(str(directory / "data.arrow"))
     trainer = SPINTrainer(model, None, SPINConfig(**options), None, dataset, None, tokenizer)
     seconds = {"tokenizing": time.perf_counter() - start}
@@ -110,7 +110,7 @@ def play(directory: Path):
             logs[f"self_play/{phase}_time"] for logs in trainer.state.log_history if f"self_play/{phase}_time" in logs
         ]
         seconds[phase] = sum(logged) / len(logged)
-    seconds["all"] = time.perf_counter() - start
+    seconds |= {"all": time.perf_counter() - start, "processor": time.process_time() - processor}
     result = {"first": first, "peak": peak, "seconds": seconds}
     (directory / f"result-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
     trainer.accelerator.end_training()
@@ -124,7 +124,7 @@ def main():
     options = parser.parse_args()
     if options.play:
         return play(options.play)
-    phases = ("tokenizing", "generation", "scoring", "training")
+    phases = ("tokenizing", "generation", "scoring", "training", "processor")
     titles = [
         "rows",
         "processes",

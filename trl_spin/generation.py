@@ -176,7 +176,7 @@ def score(
         remedy = f"Lower `precompute_ref_batch_size` ({batch_size}), here and on resume."
         with explain_out_of_memory("scoring", remedy):
             scores = logps_of([as_preference(columns[i]) for i in batch])
-        real, generated = (values.float().numpy(force=True) for values in scores)
+        real, generated = (values.tolist() for values in scores)
         return pyarrow.table({"real": real, "generated": generated, "index": batch})
 
     def commit(scores: pyarrow.Table):

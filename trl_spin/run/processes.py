@@ -39,6 +39,9 @@ from .files import explain_write_error
 COMMIT_SECONDS = 300
 # Nor does it keep more than this in memory
 _COMMIT_BYTES = 2**25
+# Small objects that stay keep the C library from using the memory around them again, which batches needed for a moment:
+# with the results of thousands of batches waiting, it would grow to gigabytes
+_LOOSE_RESULTS = 32
 
 
 class StopRequested(Exception):
@@ -174,6 +177,8 @@ class Processes:
                 if results is not None and start + rank < len(batches):
                     new.append(results)
                     num_bytes += results.nbytes
+                if len(new) > _LOOSE_RESULTS:
+                    new = [pyarrow.concat_tables(new).combine_chunks()]
                 progress.update(sum(map(len, batches[start : start + world_size])))
                 # The first process has the clock
                 due = time.monotonic() - last_commit > COMMIT_SECONDS or num_bytes * world_size > _COMMIT_BYTES
