@@ -318,7 +318,7 @@ def test_faults_keep_their_traceback_and_ctrl_c_has_none(monkeypatch):
     def fail(arguments):
         eval(arguments[0])
 
-    monkeypatch.setattr("trl_spin.__main__.play", fail)
+    monkeypatch.setattr("trl_spin.__main__.parse", fail)
     for code, error in (("{}['x']", KeyError), ("int('x')", ValueError), ("len(1)", TypeError)):
         with pytest.raises(error):
             run(monkeypatch, [code])
@@ -326,7 +326,7 @@ def test_faults_keep_their_traceback_and_ctrl_c_has_none(monkeypatch):
     def interrupt(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trl_spin.__main__.play", interrupt)
+    monkeypatch.setattr("trl_spin.__main__.parse", interrupt)
     with pytest.raises(SystemExit, match="^130$"):
         run(monkeypatch, ["x"])
 

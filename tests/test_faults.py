@@ -20,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -32,6 +33,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_spin import SelfPlayCallback, SPINTrainer
+from trl_spin.engines import Generate
 from trl_spin.generation import commit_completions, pair_completions
 from trl_spin.memory import MemoryPlan
 from trl_spin.preflight import PreflightCallback
@@ -499,11 +501,12 @@ def test_a_directory_that_cannot_be_written_to():
 
 def test_dry_run_prints_the_plan_and_stops(tmp_path, monkeypatch, caplog, capsys):
     ids = make_tokenizer()("\x1b[2JOne")["input_ids"]
-    monkeypatch.setattr(Scripted, "script", staticmethod(lambda prompts: [ids] * len(prompts)))
-    options = {"dry_run": True, "num_train_epochs": [1, 2], "use_script": True}
+    monkeypatch.setattr(Generate, "open", lambda *model: nullcontext(lambda prompts, *more: [ids] * len(prompts)))
+    options = {"dry_run": True, "num_train_epochs": [1, 2]}
     trainer = make_trainer(tmp_path, dataset=make_dataset(10), **options)
     before = weights(trainer)
     trainer.train()
+    monkeypatch.undo()
     plan = capsys.readouterr().out
     assert max(map(len, plan[plan.index("data") :].splitlines())) <= 80
     plan = " ".join(plan.split())
@@ -567,7 +570,7 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch, caplog):
     free(300_000)
     with pytest.raises(ValueError, match="300kB of free space, but the next iteration may need"):
         make_trainer(tmp_path, save_strategy="epoch").train()
-    free(1_000_000)
+    free(1_050_000)
     make_trainer(tmp_path, save_strategy="epoch", num_self_play_iterations=3).train()
     assert "the whole run may need" in caplog.text
 

@@ -23,7 +23,7 @@ from conftest import Scripted, assert_loss_and_gradient, first_losses, logp, mak
 from transformers import TrainerCallback
 
 from trl_spin.objectives import OBJECTIVES, TRL_LOSSES, objective
-from trl_spin.pairs import GameDataset, as_preference
+from trl_spin.pairs import as_preference
 
 
 OWN = sorted(OBJECTIVES.keys() - TRL_LOSSES.keys())
@@ -62,7 +62,7 @@ def test_each_objective_is_its_function_of_the_log_ratios(tmp_path, loss_type):
 
 
 @pytest.mark.parametrize("loss_type", ["space", "bco_pair", "exponential"])
-def test_pairs_that_are_not_played_have_no_gradient_under_any_loss(tmp_path, monkeypatch, loss_type):
+def test_pairs_that_are_not_played_have_no_gradient_under_any_loss(tmp_path, loss_type):
     trainer = make_trainer(tmp_path, num_self_play_iterations=1, loss_type=loss_type, beta=0.5, learning_rate=1e-3)
     trainer.train()
     game, loss = trainer.game.train, OBJECTIVES["space" if loss_type == "bco_pair" else loss_type].loss
@@ -72,7 +72,7 @@ def test_pairs_that_are_not_played_have_no_gradient_under_any_loss(tmp_path, mon
     # The loss of the unplayed pair is a constant
     ratio = log_ratios(trainer, unplayed)[0].detach()
     losses.append(loss(ratio, ratio, 0.5))
-    monkeypatch.setattr(GameDataset, "all_played", True)  # it goes through the model
+    game.all_played = True  # it goes through the model
     assert_loss_and_gradient(trainer, [*played, unplayed], torch.stack(losses).mean())
 
 
@@ -112,7 +112,7 @@ def test_sft_anchor_with_weights_per_iteration(tmp_path):
     assert_loss_and_gradient(trainer, rows, torch.stack(losses).sum())
 
 
-def test_pairs_that_are_not_played_count_in_the_sft_anchor_but_have_no_gradient(tmp_path, monkeypatch):
+def test_pairs_that_are_not_played_count_in_the_sft_anchor_but_have_no_gradient(tmp_path):
     trainer = make_trainer(tmp_path, num_self_play_iterations=1, sft_weight=2.0, learning_rate=1e-4)
     trainer.train()
     game = trainer.game.train
@@ -124,7 +124,7 @@ def test_pairs_that_are_not_played_count_in_the_sft_anchor_but_have_no_gradient(
         margin = real - row["ref_chosen_logps"] - generated + row["ref_rejected_logps"]
         losses.append(torch.log1p(torch.exp(-margin)) / 4 - 2 * real / num_tokens)
     losses[3] = losses[3].detach()
-    monkeypatch.setattr(GameDataset, "all_played", False)
+    game.all_played = False
     assert_loss_and_gradient(trainer, rows, torch.stack(losses).sum())
 
 

@@ -45,7 +45,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from trl_spin import SelfPlayCallback, SPINConfig, SPINTrainer
-from trl_spin.pairs import GameDataset, as_preference
+from trl_spin.pairs import as_preference
 from trl_spin.run.games import load_game
 
 
@@ -120,7 +120,7 @@ def test_iteration_0_is_dpo_trainer_on_the_same_pairs(tmp_path):
         assert torch.equal(p, q), name
 
 
-def test_an_identical_pair_has_zero_gradient_and_costs_nothing(tmp_path, monkeypatch):
+def test_an_identical_pair_has_zero_gradient_and_costs_nothing(tmp_path):
     trainer = make_trainer(tmp_path, num_self_play_iterations=1)
     trainer.train()
     trainer.model.train()
@@ -134,7 +134,7 @@ def test_an_identical_pair_has_zero_gradient_and_costs_nothing(tmp_path, monkeyp
     )
 
     def loss_and_gradients(skip, inputs):
-        monkeypatch.setattr(GameDataset, "all_played", not skip)
+        game.all_played = not skip
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model, dict(inputs))
         loss.backward()
@@ -270,10 +270,10 @@ def test_a_wrong_reference_stops_the_run(tmp_path):
     callback = callback_of(trainer, SelfPlayCallback)
     swap = callback.swap
 
-    def train_on_another_model(iteration, pairs, at_start):
+    def train_on_another_model(iteration, at_start):
         if iteration == 1:
             trainer.model.lm_head.weight.data.mul_(1.1)
-        swap(iteration, pairs, at_start)
+        swap(iteration, at_start)
 
     callback.swap = train_on_another_model
     with pytest.raises(ValueError, match="Iteration 1 does not start at its opponent"):
