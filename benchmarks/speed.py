@@ -285,7 +285,7 @@ def spin(watch: Watch):
             watch.unique += sum(len(pair[f"{part}_ids"]) for part in ("prompt", "real", "generated"))
             watch.generated += len(pair["generated_ids"])
     num_parameters = sum(p.numel() for p in trainer.model.parameters())
-    return num_parameters, torch.get_num_threads(), trainer.model.is_activation_checkpointing
+    return num_parameters, torch.get_num_threads(), trainer.model.is_gradient_checkpointing
 
 
 def measure():

@@ -295,7 +295,7 @@ def test_what_the_user_must_change_is_said_in_one_line(sft, monkeypatch):
     (sft / "broken.jsonl").write_text('{"question": "a"\n{"x"')
     for options, message in (
         ({"dataset_name": sft / "empty.jsonl"}, r"empty.jsonl' cannot be loaded: it is empty"),
-        ({"dataset_name": sft / "broken.jsonl"}, r"broken.jsonl' cannot be loaded: JSON parse error"),
+        ({"dataset_name": sft / "broken.jsonl"}, r"broken.jsonl' cannot be loaded: .*(JSON parse error|decoding)"),
         ({"dataset_name": "missing.jsonl"}, r"'missing.jsonl' cannot be loaded"),
         ({"dataset_train_split": "a[:1]", "dataset_test_split": "b"}, r"""Unknown split "b". .* \['a'\]"""),
         ({"dataset_streaming": True}, "cannot be streamed"),

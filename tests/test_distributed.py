@@ -248,6 +248,6 @@ if __name__ == "__main__":
         continuous = kind == "continuous"
         trainer = play(name, kind, batch_size=2, use_transformers_continuous_batching=continuous, **options)
         engine = callback_of(trainer, SelfPlayCallback).engine
-        result = trainer.model.is_activation_checkpointing, engine.token_budget
+        result = trainer.model.is_gradient_checkpointing, engine.token_budget
     Path(f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(result))
     trainer.accelerator.end_training()  # a process that left before the other was done would be aborted

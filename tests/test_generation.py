@@ -37,7 +37,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from trl_spin import SelfPlayCallback
 from trl_spin.engines import chosen_engine
 from trl_spin.engines.base import LARGE_BATCH
-from trl_spin.engines.continuous_batching import ContinuousBatching
+from trl_spin.engines.continuous_batching import PAGE_SIZE, ContinuousBatching
 from trl_spin.engines.generate import SampleByRow, length_sorted_batches, sampling_processors, splitmix64
 from trl_spin.generation import row_seed
 from trl_spin.pairs import Columns, Rules
@@ -308,7 +308,7 @@ def test_continuous_batching_draws_anew_for_other_seeds(model, tokenizer, prompt
 
 
 def test_continuous_batching_that_fails_says_so(model, tokenizer, prompts, tmp_path):
-    config = {"num_blocks": 1, "page_size": 16, "max_batch_tokens": 16}
+    config = {"num_blocks": 1, PAGE_SIZE: 16, "max_batch_tokens": 16}
     with pytest.raises(ValueError, match=r"(?s)failed on 5 of 5 prompts: .*`num_blocks`.*unset"):
         complete(
             model,
@@ -343,7 +343,7 @@ def test_a_run_with_continuous_batching(tmp_path, tokenizer, kind):
         model=model,
         eval_dataset=make_dataset(4),
         use_transformers_continuous_batching=True,
-        transformers_continuous_batching_config='{"page_size": 16}',
+        transformers_continuous_batching_config=f'{{"{PAGE_SIZE}": 16}}',
         **options,
     )
     weights = dict(trainer.model.named_parameters())

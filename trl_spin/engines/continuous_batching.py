@@ -28,9 +28,11 @@ from ..compat import pass_over_cache
 from .base import Complete, Engine, forked_rng, grpo_options, ready_to_generate
 
 
+# Before transformers 5.18, it had another name
+PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
 # On a CPU, continuous batching attends from each request to all others, masked: more requests at once cost more than
 # they save. Left to itself, it would take most of the main memory
-_ON_CPU = {"page_size": 32, "max_batch_tokens": 512, "max_requests_per_batch": 32}
+_ON_CPU = {PAGE_SIZE: 32, "max_batch_tokens": 512, "max_requests_per_batch": 32}
 
 
 @contextmanager
@@ -80,13 +82,13 @@ class ContinuousBatching(Engine):
             attention = base_model.config._attn_implementation
 
             def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]]:
-                options = {
-                    "seed": seeds[0],
-                    "max_memory_percent": 0.5,  # as in GRPOTrainer, since logits are not counted in full
-                    "auto_switch_to_flash": base_model.dtype != torch.float32,  # which flash attention cannot compute
-                }
+                # As in GRPOTrainer, since logits are not counted in full
+                options = {"seed": seeds[0], "max_memory_percent": 0.5}
+                if hasattr(ContinuousBatchingConfig, "auto_switch_to_flash"):  # from transformers 5.19 on
+                    # Which cannot compute in float32
+                    options["auto_switch_to_flash"] = base_model.dtype != torch.float32
                 if base_model.device.type == "cpu":
-                    pages = math.ceil((max(map(len, prompts)) + max_new_tokens) / _ON_CPU["page_size"])
+                    pages = math.ceil((max(map(len, prompts)) + max_new_tokens) / _ON_CPU[PAGE_SIZE])
                     requests = min(len(prompts), _ON_CPU["max_requests_per_batch"])
                     options |= _ON_CPU | {"num_blocks": pages * requests}
                 options |= args.transformers_continuous_batching_config or {}
