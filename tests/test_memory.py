@@ -121,6 +121,18 @@ def test_the_estimate_is_made_with_real_completions_in_full(tmp_path, monkeypatc
     assert [len(pair[f"{part}_ids"]) for part in ("chosen", "rejected")] == [31, 6]  # with its end token
 
 
+def test_weights_in_lower_precision_are_kept_once_and_not_for_every_token(tmp_path, monkeypatch):
+    plans, plan_memory = [], preflight.plan_memory
+    monkeypatch.setattr(preflight, "plan_memory", lambda *args: plans.append(plan_memory(*args)) or plans[-1])
+    rows = Dataset.from_list([{"prompt": "x" * 60, "completion": "y" * 60}] * 4)
+    for bf16 in (False, True):
+        model = make_model(make_tokenizer(), hidden_size=256, intermediate_size=1024)
+        kwargs = {"gradient_checkpointing": True, "dry_run": True, "max_completion_length": 60}
+        make_trainer(tmp_path, dataset=rows, model=model, bf16=bf16, **kwargs).train()
+    full, mixed = (plan.estimate["temporary"] for plan in plans)
+    assert mixed < full
+
+
 def optimizer_after_a_run(tmp_path, **kwargs):
     """Weights, what the state of their optimizer was estimated at, and its size once it is there, in bytes."""
     model = make_model(make_tokenizer(), hidden_size=128)

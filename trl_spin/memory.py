@@ -111,7 +111,8 @@ def plan_memory(
     # What one layer keeps for each token. In evaluation mode, nothing is checkpointed
     short = {key: value[:_SHORT] if key.endswith("_ids") else value for key, value in pair.items()}
     num_layers = model.config.get_text_config().num_hidden_layers
-    layer_bytes = _saved_bytes(forward, model, [short]) / sum(_lengths(short)) / num_layers
+    one, two = (_saved_bytes(forward, model, [short] * number) for number in (1, 2))
+    layer_bytes = (two - one) / sum(_lengths(short)) / num_layers
     if not checkpointing:
         with nullcontext() if checkpointing is False else suppress(torch.OutOfMemoryError):
             estimate["activations"] = _activation_bytes(forward, model, pair, size)
@@ -123,7 +124,9 @@ def plan_memory(
         model.train()
         estimate["activations"] = _activation_bytes(forward, model, pair, size)
         model.eval()
-        estimate["temporary"] = max(estimate["temporary"], size * sum(_lengths(pair)) * layer_bytes)
+        # Until the end of the forward pass, autocast keeps weights in lower precision; of these, no hook is told
+        copies = 2 * one - two
+        estimate["temporary"] = max(estimate["temporary"], copies, size * sum(_lengths(pair)) * layer_bytes)
     estimate["peak"] = _peak(estimate, args.gradient_accumulation_steps)
 
     if token_budget is None:
