@@ -60,7 +60,7 @@ args = SPINConfig(
     beta=[0.1, 0.1, 0.1, 5.0],
     # Data
     first_turn_only=True,
-    max_prompts=50_000,
+    max_prompts=5_000 if qlora else 50_000,
     max_length=1024 if qlora else 2048,
     max_completion_length=512 if qlora else 1024,
     # Optimization. Updates of 5e-7 would round away in the adapter's bfloat16 weights

@@ -300,7 +300,7 @@ def test_what_the_user_must_change_is_said_in_one_line(sft, monkeypatch):
         ({"dataset_train_split": "a[:1]", "dataset_test_split": "b"}, r"""Unknown split "b". .* \['a'\]"""),
         ({"dataset_streaming": True}, "cannot be streamed"),
         ({"beta": "high"}, "argument --beta: invalid float value: 'high'"),
-        ({"config": "zephyr"}, "none of the recipes: zephyr_7b, zephyr_7b_qlora"),
+        ({"config": "zephyr"}, "none of the recipes: tulu3_70b, zephyr_7b, "),
         ({"config": sft / "data.jsonl"}, "expected .* but found"),
     ):
         with pytest.raises(SystemExit, match=f"^trl-spin: error: [^\n]*{message}[^\n]*$"):

@@ -20,9 +20,11 @@ import runpy
 import shlex
 import sys
 import textwrap
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import make_dataset, make_model, make_tokenizer
 from datasets import Dataset
 from trl import DPOConfig
@@ -46,6 +48,7 @@ COMMANDS = [
 # What makes a 7B model on a GPU a toy on a CPU
 TINY = {"use_cpu": True, "max_length": 256, "max_completion_length": 8, "logging_steps": 1, "disable_tqdm": True}
 TINY["write_report"] = False
+OPTIONS = SPINConfig.__dataclass_fields__
 
 ZEPHYR = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}"
@@ -59,7 +62,8 @@ ZEPHYR = (
 def hub(tmp_path, monkeypatch):
     """A working directory in which the names on the Hub are folders, so that the same code finds them there."""
     tokenizer = make_tokenizer(ZEPHYR)
-    for name in ("alignment-handbook/zephyr-7b-sft-full", "HuggingFaceTB/SmolLM2-135M-Instruct", "gsm8k-sft"):
+    zephyr, tulu = "alignment-handbook/zephyr-7b-sft-full", "allenai/Llama-3.1-Tulu-3-70B-SFT"
+    for name in (zephyr, tulu, "HuggingFaceTB/SmolLM2-135M-Instruct", "gsm8k-sft"):
         make_model(tokenizer, hidden_size=64).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     messages = make_dataset(8)["messages"][:]
@@ -70,6 +74,7 @@ def hub(tmp_path, monkeypatch):
             [{"prompt": m[0]["content"], "messages": m * 2} for m in messages],
             ("train_sft", "test_sft"),
         ),
+        "allenai/tulu-3-sft-mixture": ("default", [{"messages": m} for m in messages], ("train",)),
         "openai/gsm8k": ("main", questions, ("train", "test")),
         "trl-lib/ultrafeedback_binarized": (
             "default",
@@ -109,9 +114,12 @@ def tiny_defaults(monkeypatch):
     shrink(DPOConfig)
 
 
+def flags(options):
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
 def run_command(monkeypatch, arguments):
-    tiny = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["trl-spin", *arguments, *tiny])
+    monkeypatch.setattr(sys, "argv", ["trl-spin", *arguments, *flags(TINY)])
     main()
 
 
@@ -135,9 +143,18 @@ def test_commands_of_the_readme(command, hub, monkeypatch):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe, hub, monkeypatch):
-    assert recipe in trl_spin.__main__.__doc__
-    run_command(monkeypatch, ["--config", recipe])
-    assert iterations(hub) == ["iteration-0", "iteration-1", "iteration-2", "iteration-3"]
+    text = Path(RECIPES[recipe]).read_text()
+    summary, options = text.splitlines()[0].removeprefix("# "), yaml.safe_load(text)
+    assert f"  {recipe}" in trl_spin.__main__.__doc__ and summary in trl_spin.__main__.__doc__
+    assert all(part in text for part in (f"--config {recipe}\n", "\n# - Memory: ", "\n# - Time: ", "measured"))
+    configs = files("trl") / "accelerate_configs"
+    assert all((configs / name).is_file() for name in re.findall(r"--config_file \$configs/(\S+)", text))
+    # There is no vLLM here, and there are eight rows
+    smaller = {name: OPTIONS[name].default for name in options if "vllm" in name}
+    smaller |= {"held_out_size": 2} if "held_out_size" in options else {}
+    run_command(monkeypatch, ["--config", recipe, *flags(smaller)])
+    num_iterations = options["num_self_play_iterations"]
+    assert iterations(hub) == [f"iteration-{t}" for t in range(num_iterations)]
 
 
 @pytest.mark.parametrize("options", [[], ["--qlora"]], ids=["full", "qlora"])

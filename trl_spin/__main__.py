@@ -23,8 +23,7 @@ Self-play fine-tuning (SPIN) of a supervised fine-tuned model on its own SFT dat
 
 --help       describes the options that matter most
 --help_all   describes all options, those of TRL's and transformers' trainers, too
---config     takes options from a YAML file, or from a recipe of the package: zephyr_7b, zephyr_7b_qlora;
-             those on the command line override them
+--config     takes options from a YAML file, or from a recipe of the package; those on the command line override them
 --traceback  shows where an error comes from
 
 On several GPUs: accelerate launch -m trl_spin --config RECIPE
@@ -44,6 +43,8 @@ from yaml import YAMLError
 
 
 RECIPES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+__doc__ += "\nRecipes, each described at its head:\n"
+__doc__ += "".join(f"  {name:16} {Path(path).read_text().splitlines()[0][2:]}\n" for name, path in RECIPES.items())
 # Options of TRL that most runs set
 ESSENTIALS = """
     model_name_or_path dataset_name dataset_config dataset_train_split dataset_test_split eval_dataset_name output_dir
