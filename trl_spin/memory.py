@@ -125,8 +125,7 @@ def plan_memory(
         estimate["activations"] = _activation_bytes(forward, model, pair, size)
         model.eval()
         # Until the end of the forward pass, autocast keeps weights in lower precision; of these, no hook is told
-        copies = 2 * one - two
-        estimate["temporary"] = max(estimate["temporary"], copies, size * sum(_lengths(pair)) * layer_bytes)
+        estimate["temporary"] = max(estimate["temporary"], 2 * one - two, size * sum(_lengths(pair)) * layer_bytes)
     estimate["peak"] = _peak(estimate, args.gradient_accumulation_steps)
 
     if token_budget is None:
