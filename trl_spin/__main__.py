@@ -45,12 +45,6 @@ from yaml import YAMLError
 RECIPES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 __doc__ += "\nRecipes, each described at its head:\n"
 __doc__ += "".join(f"  {name:16} {Path(path).read_text().splitlines()[0][2:]}\n" for name, path in RECIPES.items())
-# Options of TRL that most runs set
-ESSENTIALS = """
-    model_name_or_path dataset_name dataset_config dataset_train_split dataset_test_split eval_dataset_name output_dir
-    resume_from_checkpoint per_device_train_batch_size gradient_accumulation_steps max_length use_peft lora_r
-    lora_target_modules load_in_4bit use_vllm
-""".split()
 
 
 def make_trainer(script_args, training_args, model_args, dataset_args):
@@ -133,10 +127,12 @@ def run(trainer, dataset_name):
 
 def short_help(parser, docstring: str) -> str:
     """The essential options of TRL and all of SPIN's, in the groups of their docstring, with the gist of each."""
+    from .spin_config import OPTIONS
+
     options = {option.name: option for cls in parser.dataclass_types for option in fields(cls)}
     formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=28)
     short = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, formatter_class=formatter)
-    group, names = short.add_argument_group("Model, data and training"), [("", name) for name in ESSENTIALS]
+    group, names = short.add_argument_group("Model, data and training"), [("", name) for name in OPTIONS["essential"]]
     for title, name in names + re.findall(r"^ {8}(?:> (.+)|(\w+) \(.+\):)$", docstring, re.M):
         if title:
             group = short.add_argument_group(title)

@@ -16,10 +16,12 @@ import copy
 import json
 import math
 import re
+import tomllib
 import warnings
 from dataclasses import dataclass, field, fields
 from inspect import formatannotation
 from numbers import Integral, Real
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -35,36 +37,19 @@ from .objectives import OBJECTIVES, TRL_LOSSES, check_objectives
 
 # Options with a value for each iteration
 PER_ITERATION = ("learning_rate", "num_train_epochs", "beta", "sft_weight")
-# Options of `DPOConfig` and `TrainingArguments` that contradict self-play: name -> (the value that is accepted,
-# reason).
-_FIXED_OPTIONS = {
-    "precompute_ref_log_probs": (True, "the reference, which is the policy itself, is scored once per iteration"),
-    "ld_alpha": (None, "the reference log-probs of SPIN are sums over whole completions"),
-    "sync_ref_model": (False, "the reference changes at the iteration boundary and nowhere else"),
-    "padding_free": (False, "DPOTrainer ignores it since TRL 1.0"),
-    "truncation_mode": ("keep_start", "rows that do not fit `max_length` are left out, never truncated"),
-    "auto_find_batch_size": (False, "it restarts the training loop in the middle of an iteration"),
-    "dataloader_persistent_workers": (False, "such workers would keep the completions of an earlier opponent"),
-    "ignore_data_skip": (False, "a resumed run goes on with the rows that it has not yet seen in the epoch"),
-    "enable_jit_checkpoint": (False, "at SIGTERM, self-play saves its work by itself, in generation too"),
-    "eval_on_start": (False, "the game on the held-out prompts starts with the first iteration, not before it"),
-    "hub_strategy": (HubStrategy.END, "a push at each checkpoint would upload the games, and with them your data"),
-    "load_best_model_at_end": (False, "losses of different games do not compare (see `load_best_iteration_at_end`)"),
-}
+# What is known of options by their names: what the sets in it are for stands there
+OPTIONS = tomllib.loads(Path(__file__).with_name("options.toml").read_text(encoding="utf-8"))
 # Keys of nested options that are nobody else's business
 _SECRET = re.compile("(token|key|secret|password)$", re.IGNORECASE)
-# What the numbers of options must be, and the options (none: all of them)
-_BOUNDS = (
-    ("finite", lambda v: abs(v) < math.inf, ""),
-    ("whole passes over the prompts", lambda v: v % 1 == 0, "num_train_epochs"),
-    ("> 0", lambda v: v > 0, "learning_rate beta space_mu loss_weights initial_loss_tolerance top_p"),
-    ("> 0", lambda v: v > 0, "repetition_penalty vllm_gpu_memory_utilization"),
-    (">= 0", lambda v: v >= 0, "sft_weight opponent_history held_out_size num_probes temperature top_k min_p"),
-    (">= 1", lambda v: v >= 1, "num_self_play_iterations num_train_epochs max_prompts max_completion_length"),
-    (">= 1", lambda v: v >= 1, "generation_token_budget vllm_max_model_length vllm_tensor_parallel_size"),
-    (">= 1", lambda v: v >= 1, "prompts_per_iteration"),
-    ("<= 1", lambda v: v <= 1, "top_p min_p vllm_gpu_memory_utilization"),
-)
+# What the numbers of options must be: all of them the first, and the others those that options.toml names
+_BOUNDS = {
+    "finite": lambda v: abs(v) < math.inf,
+    "whole passes over the prompts": lambda v: v % 1 == 0,
+    "> 0": lambda v: v > 0,
+    ">= 0": lambda v: v >= 0,
+    ">= 1": lambda v: v >= 1,
+    "<= 1": lambda v: v <= 1,
+}
 _NUMBERS = {int: Integral, float: Real}  # which numpy's are as well
 
 
@@ -361,8 +346,8 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         if undecided:  # which the parent class takes for `False`
             self.gradient_checkpointing = self.activation_checkpointing = None
 
-        for name, (accepted, reason) in _FIXED_OPTIONS.items():
-            if getattr(self, name) != accepted:
+        for name, reason in OPTIONS["fixed"].items():
+            if getattr(self, name) != getattr(SPINConfig, name):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` contradicts self-play: {reason}. Leave it unset.")
         changed = {name: value for name, value in vars(self).items() if value != getattr(type(self), name, value)}
         check_objectives(self.loss_type, changed)
@@ -397,8 +382,9 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
                 if value == []:
                     raise ValueError(f"`{name}` is an empty list. Give one value, or several.")
             numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
-            for words, holds, names in _BOUNDS:
-                bounded = name in names.split() if names else (name, value) != ("max_grad_norm", math.inf)  # no limit
+            for words, holds in _BOUNDS.items():
+                # An infinite `max_grad_norm` is none
+                bounded = name in OPTIONS["bounds"].get(words, [name]) and (name, value) != ("max_grad_norm", math.inf)
                 if bounded and not all(map(holds, numbers)):
                     raise ValueError(f"`{name}` must be {words}, got {value}.")
         self.num_train_epochs = [int(v) for v in self.num_train_epochs]

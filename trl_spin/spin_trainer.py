@@ -61,7 +61,7 @@ from .run.weights import check_finite_weights, weights_fingerprint
 from .schedule import Schedule, chain_schedules
 from .shared_prefix_trainer import SharedPrefixDPOTrainer
 from .showing import BarCallback, CompletionsCallback, ExamplesCallback, LineCallback, ProbeCallback, ReportCallback
-from .spin_config import SPINConfig
+from .spin_config import OPTIONS, SPINConfig
 
 
 _OUT_OF_MEMORY = (
@@ -70,12 +70,6 @@ _OUT_OF_MEMORY = (
 )
 # What names a model, or says how it is stored and run: its fingerprint tells precisions apart
 _FREE_OF_MODEL = "_name_or_path architectures auto_map dtype transformers_version unsloth_version use_cache".split()
-_CARD_SETTINGS = """
-    loss_type sft_weight opponent_history optim per_device_train_batch_size gradient_accumulation_steps max_length
-    max_completion_length temperature top_p truncated_completions seed
-""".split()
-
-
 # What the Trainer and DPOTrainer sum up since the start of `train` (and, in `_tr_loss` and `_metrics`, since the last log)
 _SUMS = "_total_train_tokens _total_loss_scalar _globalstep_last_logged".split()
 
@@ -519,7 +513,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             dataset_name=dataset_name,
             data=f"`{public_name(self.dataset_name)}`, {len(self.game.train.all_rows)} prompts ({left_out} rows left out)",
             prompt=prompt,
-            settings={name: value for name, value in self.args.to_dict().items() if name in _CARD_SETTINGS},
+            settings={name: value for name, value in self.args.to_dict().items() if name in OPTIONS["card"]},
             records=read_records(self.run_dir, self.args.num_self_play_iterations),
             rows=self.best_iteration.best_metric.table(self.args.num_self_play_iterations - 1),
             tags=[*self._tag_names, *unsloth, *([tags] if isinstance(tags, str) else tags or [])],

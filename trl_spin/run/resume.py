@@ -32,45 +32,11 @@ from transformers.trainer_utils import sort_checkpoints
 
 from ..engines import ENGINES
 from ..pairs import Game
-from ..spin_config import PER_ITERATION, SPINConfig
+from ..spin_config import OPTIONS, PER_ITERATION, SPINConfig
 from .files import RECORD, SETTINGS, find_fault, game_dir, load_json, model_dir, read_json, write_json
 from .games import committed, read_manifest, read_rows
 from .logs import logger
 from .processes import Processes
-
-
-# Options that may differ between a run and its continuation, because they do not change what is computed (up to
-# rounding, for those that set the size of a batch without gradients). Every other option is part of the contract: an
-# option that a later TRL adds is compared until it is listed here. Columns are listed as they are compared through the
-# rows that come out, the number of iterations as each one is compared by itself. An engine's options are free: all
-# draw from one distribution.
-_FREE_OPTIONS = frozenset(
-    """
-    output_dir resume_from_checkpoint dry_run run_name project report_to disable_tqdm do_train do_eval do_predict
-    local_rank debug skip_memory_metrics log_level log_level_replica log_on_each_node logging_strategy logging_steps
-    logging_first_step logging_nan_inf_filter include_num_input_tokens_seen trackio_space_id trackio_bucket_id
-    trackio_static_space_id num_probes log_completions write_report
-
-    eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_do_concat_batches
-    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval
-    metric_for_best_model greater_is_better early_stopping load_best_iteration_at_end metric_for_best_iteration
-
-    save_only_model save_strategy save_steps save_on_each_node save_total_limit push_to_hub hub_token hub_private_repo
-    hub_model_id hub_always_push hub_revision restore_callback_states_from_checkpoint trust_remote_code max_steps
-    initial_loss_tolerance num_self_play_iterations messages_column prompt_column completion_column
-
-    dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_multiprocessing_context
-    dataset_num_proc ddp_timeout ddp_backend torch_empty_cache_steps use_cache activation_checkpointing
-    activation_checkpointing_kwargs activation_offloading gradient_checkpointing gradient_checkpointing_kwargs
-    ddp_find_unused_parameters generation_token_budget precompute_ref_batch_size
-    """.split()
-)
-
-# Options that a completion depends on, and those that decide what becomes of it
-_SAMPLING_OPTIONS = """
-    max_completion_length temperature top_p top_k min_p repetition_penalty generation_kwargs cache_implementation
-""".split()
-_PAIR_OPTIONS = "truncated_completions play_empty_completions opponent_history prompts_per_iteration".split()
 
 
 @contextmanager
@@ -112,7 +78,7 @@ def library_versions() -> dict[str, str]:
 def run_settings(args: SPINConfig, game: Game, more: dict[str, Any]) -> dict[str, Any]:
     """All that changes the result of a run, JSON-serializable: options, the data, and in `more` what is neither."""
     engines = {option.name for engine in ENGINES.values() if engine.flag for option in fields(engine.Options)}
-    free = _FREE_OPTIONS | engines
+    free = engines.union(OPTIONS["free"])
     settings = {name: value for name, value in args.to_dict().items() if name not in free} | more
     settings |= {name: args.per_iteration(name) for name in PER_ITERATION}
     settings |= {name: game.settings[name] for name in ("end_token_ids", "data", "chat_template")}
@@ -126,10 +92,10 @@ def run_settings(args: SPINConfig, game: Game, more: dict[str, Any]) -> dict[str
 def game_settings(args: SPINConfig, game: Game) -> dict[str, Any]:
     """All that a completion depends on, and what becomes of it, beside opponent and iteration."""
     rules = game.rules
-    pairs = {option: getattr(args, option) for option in _PAIR_OPTIONS}
+    sampling, pairs = ({option: getattr(args, option) for option in OPTIONS[kind]} for kind in ("sampling", "pairs"))
     return {
         "seed": args.seed,
-        "sampling": {option: getattr(args, option) for option in _SAMPLING_OPTIONS},
+        "sampling": sampling,
         "pairs": pairs | {"play_identical": rules.play_identical},
         "end_token_ids": rules.end_token_ids,
         "max_length": rules.max_length,
