@@ -90,10 +90,9 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
     if training_args.held_out_size and not script_args.eval_dataset_name:
         eval_dataset = None
     if eval_dataset is not None and training_args.process_index == 0:
-        what = (
-            f"Held out: {script_args.eval_dataset_name or script_args.dataset_test_split}, {len(eval_dataset):,} rows"
-        )
-        tqdm.write(f"{what}, completed and measured in each iteration. `--dataset_test_split test[:200]` takes fewer.")
+        name, size = script_args.eval_dataset_name or script_args.dataset_test_split, f"{len(eval_dataset):,} rows"
+        remark = "completed and measured in each iteration. `--dataset_test_split test[:200]` takes fewer."
+        tqdm.write(f"Held out: {name}, {size}, {remark}")
     trainer = SPINTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -183,9 +183,8 @@ class SelfPlayCallback(TrainerCallback):
         if iteration > 0:
             directory = model_dir(args.output_dir, iteration - 1)
             if fault := find_fault(directory, iteration=iteration - 1):
-                raise ValueError(
-                    f"There is no opponent for iteration {iteration}: {fault}. Play the iterations before it."
-                )
+                what = f"There is no opponent for iteration {iteration}: {fault}"
+                raise ValueError(f"{what}. Play the iterations before it.")
             load_model(trainer, directory)
         budget = args.generation_token_budget or recorded_token_budget(args.output_dir)
         self.engine.token_budget = budget or DEFAULT_BUDGET

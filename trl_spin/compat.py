@@ -97,7 +97,5 @@ def check_forward(model: PreTrainedModel | PeftModel):
     patched = vars(base_model).get("forward")
     original = patched and inspect.getclosurevars(patched).nonlocals.get("original_forward")
     if getattr(original, "__self__", base_model) is not base_model:
-        raise ValueError(
-            "The model is a deep copy of a model that was used in a TRL trainer, and it generates with the weights of "
-            "that model instead of its own. Save it with `save_pretrained` and pass the path instead."
-        )
+        what = "The model is a deep copy of one that was in a TRL trainer, with whose weights it would generate"
+        raise ValueError(f"{what}. Save it with `save_pretrained` and pass the path instead.")

@@ -92,10 +92,10 @@ def hold_out(
             raise ValueError(f"{what}. Choose one of up to 100 printable bytes, without a slash, and not 'train'.")
     for name, dataset in {"train": train_dataset, **(held_out if eval_dataset is not None else {})}.items():
         if not isinstance(dataset, Dataset):
-            raise TypeError(
-                f"The {name} dataset must be a `datasets.Dataset`, got {type(dataset).__name__}. It cannot be "
-                "streamed, as all prompts are completed before training: load it with `streaming=False`."
+            what = (
+                f"The {name} dataset must be a `datasets.Dataset`, got {type(dataset).__name__}. It cannot be streamed"
             )
+            raise TypeError(f"{what}, as all prompts are completed before training: load it with `streaming=False`.")
         if len(dataset) == 0:
             raise ValueError(f"The {name} dataset is empty.")
     subsets, rows, size = {}, range(len(train_dataset)), args.held_out_size
@@ -151,11 +151,9 @@ class RowReader:
         known = [found for needed, *found in _FORMATS if needed <= set(columns)]
         formats = [(args.prompt_column, named[-1], None)] if named else known
         if not formats:
-            raise ValueError(
-                f"The {name} dataset has the columns {columns}, and none of the known formats: `messages`, `prompt` "
-                "and `completion`, `chosen`, `real`, or `conversations`. Name the columns with `messages_column`, or "
-                "`prompt_column` and `completion_column`. A `text` column must be split where the prompt ends."
-            )
+            known = "`messages`, `prompt` and `completion`, `chosen`, `real`, or `conversations`"
+            remedy = "Set `messages_column`, or `prompt_column` and `completion_column`. Split a `text` column in two."
+            raise ValueError(f"The {name} dataset has {columns}, and none of the known formats: {known}. {remedy}")
         # Without a column of their own, prompts are part of the conversations in the other one
         self.prompt_column, self.completion_column, ignored = formats[0]
         if ignored is not None:
@@ -168,8 +166,8 @@ class RowReader:
         limits = args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
         max_length = min((limit for limit in limits if limit is not None), default=None)
         if max_length is not None and args.max_completion_length >= max_length:
-            what = f"`max_completion_length` ({args.max_completion_length}) is out of reach: prompt and completion together"
-            logger.warning(f"{what} have at most {max_length} tokens (`max_length`, or the model's context).")
+            what = f"`max_completion_length` ({args.max_completion_length}) is out of reach: prompt and completion"
+            logger.warning(f"{what} have at most {max_length} tokens together (`max_length`, or the model's context).")
         truncated, play_empty = args.truncated_completions, args.play_empty_completions
         return Rules(self.tokenizer, ends, max_length, truncated, play_empty, play_identical)
 
@@ -204,10 +202,10 @@ class RowReader:
         after_ids = tokenizer(after, add_special_tokens=False)["input_ids"]
         closing = next((token for token in after_ids if token in special), None)
         if closing is None:
-            logger.warning(
-                f"The chat template closes no turn with a special token: {tokenizer.eos_token!r} (`eos_token`) is put "
-                "after the real completions. A model that was not fine-tuned that way will not end its own ones."
+            what = (
+                f"The chat template closes no turn with a special token: {tokenizer.eos_token!r} ends real completions"
             )
+            logger.warning(f"{what}. A model that was not fine-tuned that way will not end its own ones.")
         elif closing not in end_token_ids:
             logger.info(f"Generation also stops at {tokenizer.decode(closing)!r}, which closes a templated turn.")
             end_token_ids.add(closing)
@@ -256,10 +254,8 @@ class RowReader:
             rows_left_out = f"{count} of {len(encoded)} rows of the {self.name} dataset are left out"
             logger.warning(f"{rows_left_out}: {LEFT_OUT[reason]} (the first is row {first}).")
         if counts.total() == len(encoded):
-            raise ValueError(
-                f"No row of the {self.name} dataset is left: {dict(counts)}. If `too_long`, raise `max_length` "
-                f"({rules.max_length})."
-            )
+            remedy = f"If `too_long`, raise `max_length` ({rules.max_length})."
+            raise ValueError(f"No row of the {self.name} dataset is left: {dict(counts)}. {remedy}")
         if counts:  # written anew, so that the rest is read from where it is
             encoded = encoded.filter(lambda reason: reason is None, input_columns="left_out").flatten_indices()
         return encoded.remove_columns("left_out"), counts
@@ -355,10 +351,8 @@ class RowReader:
 
     def _render(self, messages: list[dict], kwargs: dict[str, Any], prompt: bool = False) -> str:
         if self.tokenizer.chat_template is None:
-            raise ValueError(
-                "it is a conversation, but the tokenizer has no chat template. Set its `chat_template` to the one "
-                "that the model was fine-tuned with and pass it as `processing_class`, or use columns of text."
-            )
+            remedy = "pass one with that of the fine-tuning as `processing_class`, or use columns of text"
+            raise ValueError(f"it is a conversation, but the tokenizer has no chat template: {remedy}.")
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **kwargs)
         except TemplateError as error:
@@ -379,15 +373,11 @@ class RowReader:
         before, _, _ = self._render([*prompt, _PROBE_TURN], kwargs).rpartition(_PROBE)
         bare = self._render(prompt, kwargs)
         if not (prompt_text.startswith(bare) and before.startswith(bare) and full_text.startswith(before)):
-            raise ValueError(
-                "the chat template renders the prompt differently when a turn follows: the real completion does not "
-                "continue the prompt of generation. Use one that renders earlier turns the same way in both cases.\n"
-                f"Prompt: {prompt_text!r}\nPrompt and completion: {full_text!r}"
-            )
-        logger.warning_once(
-            f"The generation prompt ends with {prompt_text.removeprefix(bare)!r}, but a turn begins with "
-            f"{before.removeprefix(bare)!r}. Real and generated completions both follow the generation prompt."
-        )
+            what = "the chat template renders the prompt differently when a turn follows. Use one that does not.\n"
+            raise ValueError(f"{what}Prompt: {prompt_text!r}\nPrompt and completion: {full_text!r}")
+        ends, begins = prompt_text.removeprefix(bare), before.removeprefix(bare)
+        what = f"The generation prompt ends with {ends!r}, but a turn begins with {begins!r}"
+        logger.warning_once(f"{what}. Real and generated completions both follow the generation prompt.")
         return prompt_text, full_text.removeprefix(before)
 
 

@@ -34,6 +34,7 @@ from .pairs import PAIR_FEATURES, Columns, Game, Rules, as_preference, with_logp
 from .run.games import Request, committed, read_completions, read_rows, write_pairs, write_rows
 from .run.logs import logger
 from .run.processes import Processes, explain_out_of_memory
+from .run.weights import OVERFLOW_REMEDY
 
 
 # Pairs that are made, and in memory, at a time
@@ -126,10 +127,9 @@ def check_played(pairs: Dataset, rules: Rules, iteration: int):
     examples = pairs.select(range(min(3, len(pairs))))
     examples = "\n".join(f"Row {pair['row']}: {rules.tokenizer.decode(pair['generated_ids'])!r}" for pair in examples)
     raise ValueError(
-        f"Iteration {iteration} has nothing to learn from: of {len(pairs)} completions, {shares}.\n{examples}\n"
-        "Empty completions: is the chat template the one the model was fine-tuned with? Truncated ones, under "
-        "`truncated_completions='drop'`: raise `max_completion_length`, or check that the model was fine-tuned to end "
-        "its completions. Identical ones: the model has memorized the data, or `temperature` is 0."
+        f"Iteration {iteration} has nothing to learn from: of {len(pairs)} completions, {shares}.\n{examples}\nEmpty "
+        "ones: is the chat template that of the fine-tuning? Truncated ones: raise `max_completion_length`, or play "
+        "them (`truncated_completions='keep'`). Identical ones: the data is memorized, or `temperature` is 0."
     )
 
 
@@ -183,12 +183,9 @@ def score(
         note(scores)
         real, generated, index = (scores[column].to_numpy() for column in scores.column_names)
         for i in np.flatnonzero(~np.isfinite(real + generated))[:1]:
-            raise ValueError(
-                f"The model's log-probs of row {columns[index[i]]['row']} of the {name} dataset are {real[i]} (real "
-                f"completion) and {generated[i]} (generated completion): its weights or activations overflow. Train "
-                "in bfloat16 or float32, not float16, lower the learning rate, or check the model that self-play "
-                "started from."
-            )
+            what = f"log-probs of row {columns[index[i]]['row']} of the {name} dataset are {real[i]} (real completion)"
+            what = f"The model's {what} and {generated[i]} (generated completion): its weights or activations overflow"
+            raise ValueError(f"{what}. {OVERFLOW_REMEDY} Or check the model that self-play started from.")
         if directory is not None:
             processes.write(directory, write_rows, directory, scores_name, scores)
 

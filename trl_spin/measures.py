@@ -28,6 +28,7 @@ from datasets import Dataset
 from .pairs import Game
 from .report.signals import KINDS, describe_game, find_warnings, metric_prefix, proportion_interval
 from .run.games import read_manifest
+from .run.weights import OVERFLOW_REMEDY
 from .spin_config import SPINConfig
 
 
@@ -163,12 +164,9 @@ class StepMonitor:
         metrics["rewards/accuracies"][-1] = accuracy((real - generated) * (not untrained))
         logps = {side: metrics[f"logps/{side}"][-1] for side in ("chosen", "rejected")}
         if mode == "train" and not math.isfinite(losses.sum().item()):
-            raise ValueError(
-                f"The loss of step {step + 1} (iteration {self.game.iteration}) is {losses.mean().item()}, with mean "
-                f"log-probs {logps['chosen']:.6g} of the real and {logps['rejected']:.6g} of the generated "
-                "completions. The step is not taken, so the last checkpoint and iteration are intact. Lower "
-                "`learning_rate`, set `max_grad_norm`, or train in bfloat16 or float32 instead of float16."
-            )
+            what = f"The loss of step {step + 1} (iteration {self.game.iteration}) is {losses.mean().item()}"
+            why = f"mean log-probs: real {logps['chosen']:.6g}, generated {logps['rejected']:.6g}"
+            raise ValueError(f"{what} ({why}). The step is not taken: what was saved is intact. {OVERFLOW_REMEDY}")
         metrics["real"].append((-logps["chosen"] * len(num_real), num_real.sum().item()))
         if mode == "eval":
             beta = self.args.per_iteration("beta")[self.game.iteration]
@@ -185,13 +183,11 @@ class StepMonitor:
     def _check_start(self, loss: float, real: float, generated: float):
         if not max(abs(real), abs(generated)) <= self.tolerance:
             raise ValueError(
-                f"Iteration {self.game.iteration} does not start at its opponent. The model that is trained is the "
-                "opponent at this point, so log(p_θ/p_θt) must be 0, and the first loss ℓ(0), log 2 = 0.6931 for the "
-                f"logistic loss. But the loss is {loss:.4f}, and the log-ratio over the square root of the length is "
-                f"{real:.4g} for the real and {generated:.4g} for the generated completions, beyond "
-                f"`initial_loss_tolerance` ({self.tolerance}). The stored log-probs do not belong to this model in "
-                "training. Usual causes: dropout that is on in training (`disable_dropout=False`), a `data_collator` "
-                "that changes the sequences, or a callback that changed the weights."
+                f"Iteration {self.game.iteration} does not start at its opponent, where log(p_θ/p_θt) is 0 and the "
+                f"loss ℓ(0), for the logistic one log 2 = 0.6931. It is {loss:.4f}, and the log-ratio over the square "
+                f"root of the length {real:.4g} (real), {generated:.4g} (generated), beyond `initial_loss_tolerance` "
+                f"({self.tolerance}). Usual causes: dropout that is on in training (`disable_dropout=False`), a "
+                "`data_collator` that changes the sequences, or a callback that changed the weights."
             )
 
     def summarize(self, mode: str) -> dict[str, list[float]]:

@@ -110,18 +110,14 @@ def check_objectives(loss_types: list[str], changed: dict[str, Any]):
     options = TRL_LOSSES | {name: (*o.options.values(), *TRL_LOSSES.get(name, ())) for name, o in OBJECTIVES.items()}
     unknown = sorted(set(loss_types) - options.keys())
     if unknown:
-        raise ValueError(
-            f"`loss_type` {unknown[0]!r} is unknown. Self-play has {sorted(OBJECTIVES)}, and of `DPOTrainer` "
-            f"{sorted(TRL_LOSSES.keys() - OBJECTIVES.keys())}."
-        )
+        known = f"{sorted(OBJECTIVES)}, and of `DPOTrainer` {sorted(TRL_LOSSES.keys() - OBJECTIVES.keys())}"
+        raise ValueError(f"`loss_type` {unknown[0]!r} is unknown. Self-play has {known}.")
     # An option that does nothing for the chosen losses would be taken for one that does
     for option, value in changed.items():
         owners = {name for name in options if option in options[name]}
         if owners and not owners & set(loss_types):
-            raise ValueError(
-                f"`{option}={value!r}` does nothing for `loss_type={loss_types}`: it belongs to {sorted(owners)}. "
-                "Leave it unset."
-            )
+            what = f"`{option}={value!r}` does nothing for `loss_type={loss_types}`"
+            raise ValueError(f"{what}: it belongs to {sorted(owners)}. Leave it unset.")
 
 
 # `safe_exp` is exact up to here, where the slope is e^10 = 22026. Far beyond, a single pair would be the whole

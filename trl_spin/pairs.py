@@ -95,11 +95,8 @@ class Rules:
         if truncated and self.truncated == "cut_real" and not held_out:
             real_ids = real_ids[: len(generated_ids)]
         identical = generated_ids == real_ids
-        left_out = (
-            (identical and not self.play_identical)
-            or (empty and not self.play_empty)
-            or (truncated and self.truncated == "drop")
-        )
+        left_out = (identical and not self.play_identical) or (empty and not self.play_empty)
+        left_out = left_out or (truncated and self.truncated == "drop")
         ids = {"prompt_ids": row["prompt_ids"], "real_ids": real_ids, "generated_ids": generated_ids}
         flags = {"truncated": truncated, "empty": empty, "identical": identical, "played": held_out or not left_out}
         logps = {"ref_real_logps": 0.0, "ref_generated_logps": 0.0}
@@ -261,11 +258,10 @@ class GameDataset(torch.utils.data.Dataset):
         for opponent, theirs in zip(by_opponent, columns, strict=True):
             for column in ("row", "prompt_ids"):
                 if self.columns.fingerprint(column) != theirs.fingerprint(column):
+                    what = f"`{column}` of opponent {opponent['opponent'][0]}, {len(opponent)} for {len(self)} prompts"
                     raise ValueError(
-                        f"The pairs for the {self.name} dataset were generated from other prompts than its own "
-                        f"(column `{column}`, opponent {opponent['opponent'][0]}, {len(opponent)} pairs for "
-                        f"{len(self)} prompts). Did the dataset, the tokenizer or its chat template change? Use a new "
-                        "`output_dir`."
+                        f"The pairs for the {self.name} dataset ({what}) were generated from other prompts. Did data, "
+                        "tokenizer or chat template change? Use a new `output_dir`."
                     )
         self.pairs, self._columns = by_opponent, columns
         self.all_played = all(theirs.values("played").all() for theirs in columns)

@@ -232,10 +232,9 @@ def check_disk(output_dir: str, disk: dict[str, float]):
     free = shutil.disk_usage(existing(Path(output_dir))).free
     finding = f"`output_dir` ({output_dir}) has {tqdm.format_sizeof(free)}B of free space, but the"
     if free < disk["next_iteration"]:
-        raise ValueError(
-            f"{finding} next iteration may need {tqdm.format_sizeof(disk['next_iteration'])}B. Make room, choose another "
-            "`output_dir`, or save less (`save_only_model`, `save_strategy='no'`)."
-        )
+        needed = f"{finding} next iteration may need {tqdm.format_sizeof(disk['next_iteration'])}B"
+        remedy = "Make room, choose another `output_dir`, or save less (`save_only_model`, `save_strategy='no'`)."
+        raise ValueError(f"{needed}. {remedy}")
     if free < disk["whole_run"]:
         logger.warning(f"{finding} whole run may need {tqdm.format_sizeof(disk['whole_run'])}B.")
 
@@ -252,8 +251,6 @@ def warn_of_lost_updates(trained: list[torch.nn.Parameter], learning_rate: float
     total = sum(p.numel() for p in trained)
     lost = sum((p.abs() > 512 * learning_rate).sum().item() for p in trained)
     if lost > total / 2:
-        logger.warning(
-            f"The model is trained in bfloat16 with a learning rate of {learning_rate:g}: for {lost / total:.0%} of "
-            "its weights a step of this size rounds away. Load it in float32 and compute in bfloat16 "
-            "(`dtype='float32'`, `bf16=True`), train an adapter, or raise the learning rate."
-        )
+        what = f"In bfloat16, steps of the learning rate {learning_rate:g} round away for {lost / total:.0%} of the"
+        remedy = "Load the model in float32 and compute in bfloat16 (`dtype='float32'`, `bf16=True`), train an adapter"
+        logger.warning(f"{what} weights. {remedy}, or raise the learning rate.")

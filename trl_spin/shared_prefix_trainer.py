@@ -113,10 +113,8 @@ class SharedPrefixDPOTrainer(DPOTrainer):
             reason = reason or supports_shared_prefix(self._unwrap(candidate)) or self._compare(candidate, inputs)
         self.shares_prefix = reason is None
         if reason is not None:
-            logger.warning(
-                f"Prompts are computed twice for each pair, once per completion, because {reason}. The result is the "
-                "same, it takes longer. `share_prefix=False` silences this warning."
-            )
+            remedy = "The result is the same, it takes longer. `share_prefix=False` silences this warning."
+            logger.warning(f"Prompts are computed twice for each pair, because {reason}. {remedy}")
 
     def _compare(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> str | None:
         """The reason why the two layouts do not give the same log-probs, or `None` if they do."""
@@ -140,10 +138,8 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         # Between two kernels, bfloat16 differs by some 0.01; a token that sees the other completion, by some 0.3
         tolerance = 1e-3 if is_exact and torch.get_float32_matmul_precision() == "highest" else 0.1
         if not difference <= tolerance:
-            return (
-                f"the log-probs of two pairs differ between the two layouts, by {difference:.3g} per token where "
-                f"rounding explains {tolerance}: the model's layers do not keep the completions apart"
-            )
+            what = f"log-probs of two pairs differ by {difference:.3g} per token, where rounding explains {tolerance}"
+            return f"{what}: the model's layers do not keep the completions apart"
         return None
 
     def _unwrap(self, model):

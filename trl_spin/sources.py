@@ -62,10 +62,8 @@ def load_data(arguments: DataArguments, mixture: DatasetMixtureConfig) -> tuple[
     """
     name, test = arguments.dataset_name, arguments.dataset_test_split
     if bool(mixture.datasets) == bool(name):
-        raise ValueError(
-            f"There must be exactly one source of data: `dataset_name` ({name!r}), or a mixture, `datasets` "
-            f"({mixture.datasets!r})."
-        )
+        given = f"`dataset_name` ({name!r}), or a mixture, `datasets` ({mixture.datasets!r})"
+        raise ValueError(f"There must be exactly one source of data: {given}.")
     if arguments.dataset_streaming or mixture.streaming:
         raise ValueError("The data cannot be streamed, as all prompts are completed before training.")
     splits = _load(name or mixture, arguments.dataset_train_split, arguments.dataset_config)

@@ -37,7 +37,7 @@ from .objectives import OBJECTIVES, TRL_LOSSES, check_objectives
 
 # Options with a value for each iteration
 PER_ITERATION = ("learning_rate", "num_train_epochs", "beta", "sft_weight")
-# What is known of options by their names: what the sets in it are for stands there
+# What is known of options by their names, see there
 OPTIONS = tomllib.loads(Path(__file__).with_name("options.toml").read_text(encoding="utf-8"))
 # Keys of nested options that are nobody else's business
 _SECRET = re.compile("(token|key|secret|password)$", re.IGNORECASE)
@@ -354,9 +354,8 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         if self.use_weighting and set(self.loss_type) & (OBJECTIVES.keys() - TRL_LOSSES.keys()):
             raise ValueError(f"`use_weighting` is an option of TRL's losses, and does nothing for {self.loss_type}.")
         if max(self.per_iteration("sft_weight")) > 0 and "sft" in self.loss_type:
-            raise ValueError(
-                f"`sft_weight={self.sft_weight}` and `loss_type={self.loss_type}` are the same anchor: unset one."
-            )
+            both = f"`sft_weight={self.sft_weight}` and `loss_type={self.loss_type}`"
+            raise ValueError(f"{both} are the same anchor: unset one.")
         if self.prompts_per_iteration and self.opponent_history:
             what = f"`opponent_history={self.opponent_history}` needs the same prompts in every iteration"
             raise ValueError(f"{what}: `prompts_per_iteration` must be unset, got {self.prompts_per_iteration}.")
@@ -365,10 +364,8 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     def _check_values(self):
         messages, prompt, completion = self.messages_column, self.prompt_column, self.completion_column
         if (prompt is None) != (completion is None) or (messages is not None and prompt is not None):
-            raise ValueError(
-                f"`prompt_column` ({prompt!r}) and `completion_column` ({completion!r}) go together, and without "
-                f"`messages_column` ({messages!r}), which is for conversations. Set the two, or the third."
-            )
+            both = f"`prompt_column` ({prompt!r}) and `completion_column` ({completion!r}) go together"
+            raise ValueError(f"{both}: set the two, or for conversations `messages_column` ({messages!r}) alone.")
         hints = get_type_hints(type(self))
         for option in fields(self):
             name, value = option.name, getattr(self, option.name)

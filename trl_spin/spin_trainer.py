@@ -172,10 +172,10 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             raise TypeError(f"`args` must be a `SPINConfig`, got {type(args).__name__}.")
         args = args.with_learning_rate(adapter=peft_config is not None or isinstance(model, PeftModel))
         if optimizers[1] is not None and isinstance(args.learning_rate, list):
-            what = f"`learning_rate={args.learning_rate}` sets a peak per iteration"
-            raise ValueError(
-                f"{what}, but `optimizers` brings a scheduler, which spans the whole run: give one of them."
+            what = (
+                f"`learning_rate={args.learning_rate}` has a peak per iteration, and `optimizers` a scheduler for all"
             )
+            raise ValueError(f"{what}: give one of them.")
         eval_dataset, self._rows = hold_out(train_dataset, eval_dataset, args, compute_completion_metrics is not None)
         engine_class = chosen_engine(args)
         engine_class.check(args, model)

@@ -108,13 +108,12 @@ class ContinuousBatching(Engine):
                 # Failures are logged, and come back as empty completions, or not at all (transformers 5.23)
                 errors = [output.error for output in outputs.values() if output.error is not None]
                 if errors or len(outputs) < len(prompts):
-                    failed = len(prompts) - len(outputs) + len(errors)
+                    failed = f"{len(prompts) - len(outputs) + len(errors)} of {len(prompts)} prompts"
                     raise ValueError(
-                        f"Continuous batching failed on {failed} of {len(prompts)} prompts: "
-                        f"{(errors or ['missing'])[0]}. If memory is the matter, set `num_blocks`, "
+                        f"Continuous batching failed on {failed}: {(errors or ['missing'])[0]}. Lower `num_blocks`, "
                         "`max_batch_tokens`, `max_requests_per_batch` or `max_memory_percent` in "
-                        f"`transformers_continuous_batching_config` ({args.transformers_continuous_batching_config}). "
-                        "Or leave `use_transformers_continuous_batching` unset, here and on resume."
+                        "`transformers_continuous_batching_config` if memory is the matter, or leave "
+                        "`use_transformers_continuous_batching` unset, here and on resume."
                     )
                 return [output.generated_tokens for output in outputs.values()]
 

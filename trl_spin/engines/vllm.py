@@ -80,25 +80,19 @@ class VLLM(Engine):
     @classmethod
     def check(cls, args: Any, model: str | PreTrainedModel | PeftModel | None = None):
         if model is not None and args.vllm_python is None and find_spec("vllm") is None:
-            raise ImportError(
-                "`use_vllm=True` needs vLLM: `pip install trl-spin[vllm]`, or name the Python of an environment that "
-                "has it with `vllm_python`, or leave `use_vllm` unset."
-            )
+            remedy = "`pip install trl-spin[vllm]`, set `vllm_python` to that of an environment that has it"
+            raise ImportError(f"`use_vllm=True` needs vLLM: {remedy}, or leave `use_vllm` unset.")
         if getattr(model, "is_quantized", False):
-            raise ValueError(
-                f"vLLM cannot generate with a model quantized by {model.quantization_method.value}: it would load the "
-                "weights below the adapter as they were before, and the opponent would not be the reference. Leave "
-                "`use_vllm` unset, or set `use_transformers_continuous_batching`."
-            )
+            what = f"vLLM would load the weights that were quantized by {model.quantization_method.value} as they were"
+            remedy = "Leave `use_vllm` unset, or set `use_transformers_continuous_batching`."
+            raise ValueError(f"{what} before, and the opponent would not be the reference. {remedy}")
         if isinstance(model, PeftModel):
             if model.active_peft_config.peft_type != PeftType.LORA:
                 kind = model.active_peft_config.peft_type.value
                 raise ValueError(f"vLLM has no {kind} adapters: use LoRA, or leave `use_vllm` unset.")
             if not model.get_base_model().name_or_path:
-                raise ValueError(
-                    "vLLM loads the weights below an adapter from where they came from, and this model was loaded from "
-                    "nowhere (its `name_or_path` is empty). Save it with `save_pretrained`, and pass the path instead."
-                )
+                what = "vLLM loads the weights below an adapter by name, but the model's `name_or_path` is empty"
+                raise ValueError(f"{what}. Save it with `save_pretrained`, and pass the path instead.")
         if isinstance(model, torch.nn.Module):
             dtype, training = _dtypes(args, model)
             if dtype != training:

@@ -185,7 +185,6 @@ def explain_write_error(directory: str | Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(
-            f"Writing to {directory} failed: {error}. {shutil.disk_usage(existing(Path(directory))).free / 1e9:.2f} "
-            "GB are free there. What was saved before is intact: make room (or lower `save_total_limit`) and resume."
-        ) from error
+        free = f"{shutil.disk_usage(existing(Path(directory))).free / 1e9:.2f} GB are free there"
+        remedy = "What was saved before is intact: make room (or lower `save_total_limit`) and resume."
+        raise OSError(f"Writing to {directory} failed: {error}. {free}. {remedy}") from error

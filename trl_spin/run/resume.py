@@ -208,11 +208,9 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, run:
         if fault is None:
             epoch = load_json(checkpoint / "trainer_state.json")["epoch"]
             if epoch > boundaries[-1]:
-                raise ValueError(
-                    f"{checkpoint} is at epoch {epoch:g}, beyond the {boundaries[-1]} epochs of "
-                    f"`num_self_play_iterations={args.num_self_play_iterations}`. Ask for at least as many iterations "
-                    "as were played, or resume from an earlier checkpoint by its path."
-                )
+                what = f"{checkpoint} is at epoch {epoch:g}, beyond the {boundaries[-1]} epochs of"
+                remedy = "Raise it, or resume from an earlier checkpoint by its path."
+                raise ValueError(f"{what} `num_self_play_iterations={args.num_self_play_iterations}`. {remedy}")
             if epoch not in boundaries:  # in the middle of an iteration, whose game it needs
                 iteration = bisect_right(boundaries, epoch) - 1
                 fault = find_fault(game_dir(args.output_dir, iteration), iteration=iteration, run=run)
@@ -223,9 +221,7 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, run:
         logger.warning(f"Cannot resume from {checkpoint}: {fault}.")
     if resume_from_checkpoint is not True or any(Path(args.output_dir).glob(f"iteration-*/{RECORD}")):
         none = f"{args.output_dir} holds none (`save_strategy={args.save_strategy.value!r}`)."
-        remedy = (
-            "Restore the files, resume from another checkpoint, or start a new run from the last finished iteration."
-        )
+        remedy = "Restore the files, resume from another checkpoint, or start anew from the last finished iteration."
         raise ValueError("\n".join(["There is no checkpoint to resume from.", *(faults or [none]), remedy]))
     stored = read_manifest(args.output_dir, 0) or {"shards": []}
     done = sum(shard["rows"] for shard in stored["shards"] if shard["dataset"] == "train")

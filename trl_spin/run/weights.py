@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor
 from trl.distributed import DistributedBackend
 
 
+# What to do where a weight, a log-prob or a loss is not finite
+OVERFLOW_REMEDY = "Lower `learning_rate`, set `max_grad_norm`, or train in bfloat16 or float32 instead of float16."
 # What torch.compile (of single layers), FSDP1 and activation checkpointing put into the names of parameters
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -70,8 +72,5 @@ def check_finite_weights(accelerator: Accelerator, model: torch.nn.Module, step:
             with _whole(accelerator, parameter) as data:
                 bad += [] if torch.isfinite(data).all() else [name]
     if bad := gather_object(bad):
-        raise ValueError(
-            f"After step {step} (iteration {iteration}) the weights are not finite (the first is {bad[0]}). They are "
-            "not saved, so the last checkpoint and iteration are intact. Lower `learning_rate`, set `max_grad_norm`, "
-            "or train in bfloat16 or float32 instead of float16."
-        )
+        what = f"After step {step} (iteration {iteration}) the weights are not finite (the first is {bad[0]})"
+        raise ValueError(f"{what}. What was saved before is intact, and they are not saved. {OVERFLOW_REMEDY}")
