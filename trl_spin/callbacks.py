@@ -16,7 +16,6 @@
 
 import time
 
-import torch
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -31,7 +30,7 @@ from .run.checkpoints import load_model
 from .run.files import find_fault, model_dir
 from .run.games import Request, find_stored, load_game, remove_completions, store_game
 from .run.logs import logger
-from .run.processes import Processes, StopRequested
+from .run.processes import Processes
 from .run.resume import library_versions, recorded_token_budget
 from .run.weights import weights_fingerprint
 from .spin_config import SPINConfig
@@ -111,19 +110,8 @@ class SelfPlayCallback(TrainerCallback):
     def score(self, request: Request, pairs: Pairs) -> Pairs:
         """The reference scores all pairs, in the layout and precision of training."""
         trainer, start, directory = self.trainer, time.perf_counter(), request.directory(self.trainer.args.output_dir)
-        batch_size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_train_batch_size
-
-        def logps_of(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-            inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-            return trainer.compute_ref_log_probs(trainer.model_wrapped, inputs)
-
-        training = trainer.model_wrapped.training
-        trainer.model_wrapped.eval()
-        scored = {
-            name: score(logps_of, self.processes, part, name, batch_size, directory)
-            for name, part in pairs.datasets.items()
-        }
-        trainer.model_wrapped.train(training)
+        datasets = pairs.datasets.items()
+        scored = {name: score(trainer, self.processes, part, name, directory) for name, part in datasets}
         return Pairs(scored, pairs.metrics | {"self_play/scoring_time": time.perf_counter() - start})
 
     def store(self, request: Request, pairs: Pairs):
@@ -189,11 +177,8 @@ class SelfPlayCallback(TrainerCallback):
         budget = args.generation_token_budget or recorded_token_budget(args.output_dir)
         self.engine.token_budget = budget or DEFAULT_BUDGET
         request, model = self.request(iteration), trainer.model_wrapped
-        try:
-            with self.processes.stop:
-                missing = commit_completions(self.engine, model, self.game, request, names, share)
-        except StopRequested as stopped:
-            raise SystemExit(128 + stopped.signum) from None
+        with self.processes.stop:
+            missing = commit_completions(self.engine, model, self.game, request, names, share)
         if trainer.is_world_process_zero():
             counts = ", ".join(f"{rows.sum():,} {name}" for name, rows in missing.items())
             tqdm.write(f"Iteration {iteration}, share {share[0]}/{share[1]}: completed {counts} prompts.")

@@ -15,7 +15,6 @@
 """The opponent completes, the reference scores: what is computed at a boundary, on plain arguments."""
 
 import hashlib
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -27,6 +26,7 @@ import pyarrow
 import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, concatenate_datasets
+from trl import DPOTrainer
 
 from .engines import Engine
 from .engines.generate import length_sorted_batches
@@ -39,9 +39,6 @@ from .run.weights import OVERFLOW_REMEDY
 
 # Pairs that are made, and in memory, at a time
 _SLICE = 1000
-
-# Summed log-probs of the real and of the generated completions of some pairs, see [`~pairs.as_preference`]
-LogProbs = Callable[[list[dict[str, Any]]], tuple[torch.Tensor, torch.Tensor]]
 
 
 def row_seed(*position: Any) -> int:
@@ -91,10 +88,8 @@ def commit_completions(
     nothing = not any(rows.any() for rows in missing.values())
     with nullcontext() if nothing else engine.open(model) as generate:
         for name, rows in missing.items():
-            desc, seed_of = (
-                f"Iteration {iteration}: completing {name} prompts",
-                partial(row_seed, args.seed, iteration, name),
-            )
+            desc = f"Iteration {iteration}: completing {name} prompts"
+            seed_of = partial(row_seed, args.seed, iteration, name)
             commit = partial(write, directory, write_rows, directory, name)
             columns, limit = game.datasets[name].columns, args.max_completion_length
             engine.complete(generate, columns, seed_of, limit, desc, commit, ~rows)
@@ -134,23 +129,22 @@ def check_played(pairs: Dataset, rules: Rules, iteration: int):
 
 
 def score(
-    logps_of: LogProbs, processes: Processes, pairs: Dataset, name: str, batch_size: int, directory: Path | None = None
+    trainer: DPOTrainer, processes: Processes, pairs: Dataset, name: str, directory: Path | None = None
 ) -> Dataset:
     """
-    The reference scores all pairs of a dataset. Scores are committed as completions are, and used by a run that goes
+    The reference scores all pairs of a dataset, the longest in batches of `precompute_ref_batch_size`, shorter ones in
+    larger numbers, with as many tokens in all. Scores are committed as completions are, and used by a run that goes
     on.
 
     Args:
-        logps_of (`Callable`):
-            The reference.
+        trainer ([`~trl.DPOTrainer`]):
+            Trainer, whose model is the reference.
         processes ([`~run.processes.Processes`]):
             Processes that share the work.
         pairs ([`~datasets.Dataset`]):
             Pairs.
         name (`str`):
             Name of the dataset.
-        batch_size (`int`):
-            Number of the longest pairs in a batch. Shorter ones come in larger numbers, with as many tokens in all.
         directory (`Path`, *optional*):
             Where to commit scores, if at all: see [`~run.games.Request`].
 
@@ -160,7 +154,8 @@ def score(
     Raises:
         `ValueError`: If a log-prob is not finite.
     """
-    columns = Columns(pairs)
+    columns, args, model = Columns(pairs), trainer.args, trainer.model_wrapped
+    batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
     logps = {side: np.full(len(pairs), np.nan, np.float32) for side in ("real", "generated")}
 
     def note(scores: pyarrow.Table):
@@ -175,7 +170,8 @@ def score(
     def score_batch(batch: np.ndarray) -> pyarrow.Table:
         remedy = f"Lower `precompute_ref_batch_size` ({batch_size}), here and on resume."
         with explain_out_of_memory("scoring", remedy):
-            scores = logps_of([as_preference(columns[i]) for i in batch])
+            inputs = trainer._prepare_inputs(trainer.data_collator([as_preference(columns[i]) for i in batch]))
+            scores = trainer.compute_ref_log_probs(model, inputs)
         real, generated = (values.tolist() for values in scores)
         return pyarrow.table({"real": real, "generated": generated, "index": batch})
 
@@ -191,6 +187,9 @@ def score(
 
     lengths = columns.pair_lengths()
     batches = length_sorted_batches(lengths, lambda longest: batch_size * int(lengths.max()) // longest)
+    training = model.training
+    model.eval()
     processes.map(batches, score_batch, f"Scoring {name} pairs", commit, ~np.isnan(logps["real"]))
+    model.train(training)
     clear_device_cache()
     return with_logps(pairs, logps)

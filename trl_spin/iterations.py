@@ -53,11 +53,10 @@ class CompletionMetricsCallback(TrainerCallback):
         self_play, trainer = self.self_play, self.self_play.trainer
         iteration = self_play.game.schedule.ended(state.global_step)
         if iteration is not None:
-            training = trainer.model.training
             pairs, _ = self_play.complete(self_play.request(iteration + 1), list(self_play.game.held_out))
             trainer.model.eval()  # `log` would add the metrics of training
             trainer.log(self_play.measures.of_completions(pairs))
-            trainer.model.train(training)
+            trainer.model.train()
 
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         iteration, processes = self.self_play.game.schedule.ended(state.global_step), self.self_play.processes

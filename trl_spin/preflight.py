@@ -114,10 +114,7 @@ class PreflightCallback(TrainerCallback):
         longest, shortest = int(lengths.argmax()), int(lengths.argmin())
         tried = list(dict.fromkeys([*sorted({longest, shortest}), 0]))
         rows = Columns(game.train.rows.select(tried))
-        training, batch_size = model.training, args.precompute_ref_batch_size or args.per_device_train_batch_size
-
-        def logps_of(pairs: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-            return trainer.compute_ref_log_probs(model, self.collate(pairs))
+        training = model.training
 
         def forward(pairs: list[dict[str, Any]]) -> torch.Tensor:
             return trainer.token_logps(trainer.model, self.collate(pairs))
@@ -141,7 +138,7 @@ class PreflightCallback(TrainerCallback):
             for engine in self.engines:
                 engine.token_budget = memory.token_budget
             token_seconds = self.time_token(args, limit)
-            pairs = score(logps_of, replace(processes, quiet=True), pairs, "train", batch_size)
+            pairs = score(trainer, replace(processes, quiet=True), pairs, "train")
             game.iteration, game.at_start = 0, True
             model.train()
             trainer.compute_loss(model, self.collate(map(as_preference, pairs)))

@@ -49,8 +49,8 @@ class CompletionsCallback(TrainerCallback):
         for name, dataset in self.game.datasets.items():
             pairs, decode = dataset.pairs[0], self.game.rules.decode
             texts = {part: decode(pairs[f"{part}_ids"]) for part in ("prompt", "real", "generated")}
-            table = {"step": step, "iteration": self.game.iteration, "row": pairs["row"][:], **texts}
-            table = pandas.DataFrame(table)
+            where = {"step": step, "iteration": self.game.iteration, "row": pairs["row"][:]}
+            table = pandas.DataFrame(where | texts)
             path = Path(args.output_dir) / "completions" / f"{name}-{self.game.iteration:05d}.parquet"
             with atomic_open(path) as file:
                 table.to_parquet(file)
@@ -170,9 +170,8 @@ class BarCallback(LineCallback, ProgressCallback):
             bar.unpause()
             bar.set_description(f"Iteration {self.game.iteration}", refresh=False)
             last = [logs for logs in state.log_history if "self_play/iteration" in logs][-1:]
-            seconds = coming * sum(
-                logs[f"self_play/{phase}_time"] for logs in last for phase in ("generation", "scoring")
-            )
+            phases = ("self_play/generation_time", "self_play/scoring_time")
+            seconds = coming * sum(logs[phase] for logs in last for phase in phases)
             bar.set_postfix_str(f"+ {bar.format_interval(seconds)} to generate" if seconds else "")
 
 

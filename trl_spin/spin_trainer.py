@@ -25,20 +25,10 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig, PeftModel
-from transformers import (
-    BitsAndBytesConfig,
-    DataCollator,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProcessorMixin,
-    ProgressCallback,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import BitsAndBytesConfig, DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import EvalPrediction, TrainOutput, set_seed
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -190,21 +180,10 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         # The Trainer does this too, but too late for a new adapter's random weights
         set_seed(args.seed)
 
+        data = data_collator, train_dataset, eval_dataset, processing_class
+        training = compute_metrics, callbacks, optimizers, quantization_config, peft_config
         with no_model_hash():
-            super().__init__(
-                model,
-                None,
-                args,
-                data_collator,
-                train_dataset,
-                eval_dataset,
-                processing_class,
-                compute_metrics,
-                callbacks,
-                optimizers,
-                quantization_config,
-                peft_config,
-            )
+            super().__init__(model, None, args, *data, *training)
 
         engine_class.check(args, self.model)
         prepare_model(self.model, args.disable_dropout)
@@ -225,9 +204,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             probe_args.generation_kwargs = None  # which are the engine's
             probe_engine = Generate(probe_args, processes, game.rules, engine.save_model)
         best_metric = BestMetric(args.metric_for_best_iteration, args.output_dir)
-        self_play = self.self_play = SelfPlayCallback(
-            self, game, processes, engine, Measures(game, compute_completion_metrics)
-        )
+        measures = Measures(game, compute_completion_metrics)
+        self_play = self.self_play = SelfPlayCallback(self, game, processes, engine, measures)
         self.best_iteration = BestIterationCallback(self, game, processes, best_metric)
         self.add_callback(PreflightCallback(self, game, processes, [engine, probe_engine], self._settings))
         if compute_completion_metrics is not None:
@@ -403,7 +381,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             logger.warning(message)
             if request.signum == signal.SIGINT:
                 raise KeyboardInterrupt(message) from None
-            raise SystemExit(128 + request.signum) from None
+            raise
 
     def _settings(self) -> dict[str, Any]:
         """All that changes the result of the run."""

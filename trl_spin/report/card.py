@@ -38,7 +38,6 @@ def write_model_card(
     is_adapter: bool,
     dataset_name: str | None,
     model_name: str,
-    records: list[dict[str, Any]],
     tags: list[str],
     **shown: Any,
 ):
@@ -56,15 +55,13 @@ def write_model_card(
             Dataset to link to, if it is one on the Hub.
         model_name (`str`):
             Name of the model.
-        records (`list[dict[str, Any]]`):
-            Records of the finished iterations, see [`read_records`].
         tags (`list[str]`):
             Tags.
         **shown:
             What else model_card.md shows: `hub_model_id`, repository of the model on the Hub or `None`; `run_name`,
             name of the output directory; `revision` of the base model or `None`; `data`, the training data in words;
             `prompt`, what the quick start asks, text or messages; `settings`, options of the run by name; `rows`, a
-            table of the models, titles first.
+            table of the models, titles first; `records` of the finished iterations, see [`read_records`].
     """
     if (trackio_url := get_trackio_space_url()) is not None:
         # In place of the tag that trackio has set, which names the Space but not the run
@@ -86,7 +83,6 @@ def write_model_card(
         card_data,
         template_path=str(Path(__file__).with_name("model_card.md")),
         start=base_model and public_name(base_model),
-        records=records,
         # There is a run only where wandb has been imported
         wandb_run=getattr(sys.modules.get("wandb"), "run", None),
         trackio_url=trackio_url,

@@ -32,13 +32,8 @@ from .signals import metric_prefix
 from .tables import TITLES
 
 
-# How the two sides look; other lines look as report.mplstyle has it
-LOOKS = {
-    "real": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "generated": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
-}
-POINTS = {"linestyle": "none", "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.5, "clip_on": False}
-REFERENCE = {"color": "0.45", "linewidth": 0.9, "linestyle": ":", "zorder": 1}
+# How the two sides look (other lines look as report.mplstyle has it), single points, and lines to compare with
+LOOKS, POINTS, REFERENCE = (TITLES[kind] for kind in ("looks", "points", "reference"))
 # Up to so many completions are points on their curve
 FEW = 100
 
@@ -128,15 +123,12 @@ def draw_pairs(run: Run, name: str, kind: str) -> Iterator[tuple[str, Figure]]:
     Which share of a dataset's completions has less than a number: a panel per iteration, a curve per side, which does
     not depend on bins, and goes through each of a few completions.
     """
-    games = {
-        i.number: i.completions[name][kind].dropna(how="all", axis="columns")
-        for i in run.iterations
-        if name in i.completions
-    }
-    panels = {
-        f"iteration {number}": (*_panel(f"iteration {number}"), game) for number, game in games.items() if game.size
-    }
-    for _, ax, game in panels.values():
+    panels = {}
+    for iteration in (i for i in run.iterations if name in i.completions):
+        game = iteration.completions[name][kind].dropna(how="all", axis="columns")
+        if not game.size:
+            continue
+        figure, ax = panels[iteration.number] = _panel(f"iteration {iteration.number}")
         for side, values in game.items():
             few = values.count() <= FEW
             shares = np.linspace(0, 1, values.count()) if few else np.linspace(0.005, 0.995, 199)
@@ -146,10 +138,10 @@ def draw_pairs(run: Run, name: str, kind: str) -> Iterator[tuple[str, Figure]]:
             ax.axvline(0, **REFERENCE)
         ax.set_ylabel("share below")
         _finish(ax, kind, TITLES["pairs"][kind])
-    ends = [end for _, ax, _ in panels.values() for end in ax.get_xlim()]
-    for title, (figure, ax, _) in panels.items():
+    ends = [end for _, ax in panels.values() for end in ax.get_xlim()]
+    for number, (figure, ax) in panels.items():
         ax.set_xlim(min(ends), max(ends))
-        yield title, figure
+        yield f"iteration {number}", figure
 
 
 def _panel(title: str, width: float = 3.7) -> tuple[Figure, Axes]:

@@ -22,7 +22,6 @@ import base64
 import io
 import json
 import re
-import sys
 import tomllib
 from collections import defaultdict
 from datetime import datetime
@@ -113,8 +112,4 @@ def main(arguments: list[str]):
     description = "Writes report/report.html, one file that needs no network, and the figures as PNG files."
     parser = argparse.ArgumentParser(prog="trl-spin report", description=description)
     parser.add_argument("output_dir", help="Output directory of a run, finished or not.")
-    try:
-        path = write_report(parser.parse_args(arguments).output_dir)
-    except (FileNotFoundError, ModuleNotFoundError) as error:
-        sys.exit(f"trl-spin report: {error}")
-    tqdm.write(str(path))
+    tqdm.write(str(write_report(parser.parse_args(arguments).output_dir)))

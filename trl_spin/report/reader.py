@@ -25,18 +25,7 @@ import numpy as np
 import pandas
 from pyarrow import Table, compute
 
-from ..run.files import (
-    EXAMPLES,
-    HISTORY,
-    MANIFEST,
-    PROBES,
-    RECORD,
-    RECORDED_OPTIONS,
-    SETTINGS,
-    game_dir,
-    load_json,
-    model_dir,
-)
+from ..run import files
 from ..run.games import load_game
 from .card import public_name
 from .signals import metric_prefix
@@ -127,16 +116,16 @@ def read_run(output_dir: str | Path) -> Run:
     """
     run = Run(Path(output_dir))
     directory = run.output_dir / "self_play"
-    if not (directory / SETTINGS).is_file():
-        missing = f"{run.output_dir} holds no run: {directory / SETTINGS} does not exist."
+    if not (directory / files.SETTINGS).is_file():
+        missing = f"{run.output_dir} holds no run: {directory / files.SETTINGS} does not exist."
         raise FileNotFoundError(f"{missing} Give the `output_dir` of a run that has begun.")
-    content = _attempt(run, {}, load_json, directory / SETTINGS)
+    content = _attempt(run, {}, files.load_json, directory / files.SETTINGS)
     run.settings, run.versions = content.get("settings", {}), content.get("versions", {})
     for number in _numbers(directory.glob("iteration-*")):
         _read_iteration(run, number)
-    log_history = _attempt(run, [], load_json, directory / HISTORY)
+    log_history = _attempt(run, [], files.load_json, directory / files.HISTORY)
     for number in _numbers(run.output_dir.glob("checkpoint-*")) if not log_history else ():
-        state = _attempt(run, {}, load_json, run.output_dir / f"checkpoint-{number}" / "trainer_state.json")
+        state = _attempt(run, {}, files.load_json, run.output_dir / f"checkpoint-{number}" / "trainer_state.json")
         log_history = state.get("log_history") or log_history
     # The last entry sums up the whole training
     if log_history := [logs for logs in log_history if "step" in logs and "train_runtime" not in logs]:
@@ -147,17 +136,17 @@ def read_run(output_dir: str | Path) -> Run:
             # With `truncated_completions="cut_real"` the real completions differ from one opponent to the next
             if before.number + 1 == after.number and old["ids"].equals(new["ids"]):
                 old["changes", "real"] = new["logps", "real"] - old["logps", "real"]
-    finished = _numbers(path.parent for path in run.output_dir.glob(f"iteration-*/{RECORD}"))
+    finished = _numbers(path.parent for path in run.output_dir.glob(f"iteration-*/{files.RECORD}"))
     if lost := [str(number) for number in finished if number not in run.metrics.index]:
         run.notes.append(f"The games of these iterations are missing: {', '.join(lost)}.")
     return run
 
 
 def _read_iteration(run: Run, number: int):
-    directory = game_dir(run.output_dir, number)
-    manifest = _attempt(run, None, load_json, directory / MANIFEST)
+    directory = files.game_dir(run.output_dir, number)
+    manifest = _attempt(run, None, files.load_json, directory / files.MANIFEST)
     # The last model's probes stand in the folder of an iteration that is not played
-    for probe in _attempt(run, {}, load_json, directory / PROBES).get("probes", ()):
+    for probe in _attempt(run, {}, files.load_json, directory / files.PROBES).get("probes", ()):
         run.probes.setdefault(probe["row"], probe | {"by_model": {}})["by_model"][number] = probe
     if manifest is None:
         # What is there after the last iteration was written to measure its model
@@ -165,15 +154,16 @@ def _read_iteration(run: Run, number: int):
             run.notes.append(f"Iteration {number} has no pairs yet: its opponent has not completed all prompts.")
         return
     manifest["opponent"]["model"] = public_name(manifest["opponent"]["model"])
-    record = _attempt(run, {}, load_json, model_dir(run.output_dir, number) / RECORD)
+    record = _attempt(run, {}, files.load_json, files.model_dir(run.output_dir, number) / files.RECORD)
     completions = {}
     for name, pairs in _attempt(run, {}, load_game, str(run.output_dir), number).items():
         # Completions by earlier opponents, which come last, belong to earlier iterations
         newest = compute.sum(compute.equal(pairs.data["opponent"], number)).as_py()
         completions[name] = _measure(pairs.data.table.slice(0, newest))
-    planned = {key: run.settings[key][number] for key in RECORDED_OPTIONS if number < len(run.settings.get(key, []))}
+    settings = {key: run.settings.get(key, []) for key in files.RECORDED_OPTIONS}
+    planned = {key: values[number] for key, values in settings.items() if number < len(values)}
     values = planned | manifest["metrics"] | record
-    examples = _attempt(run, {}, load_json, directory / EXAMPLES).get("examples", [])
+    examples = _attempt(run, {}, files.load_json, directory / files.EXAMPLES).get("examples", [])
     run.iterations.append(Iteration(number, manifest, record, values, completions, examples))
 
 

@@ -44,11 +44,11 @@ _COMMIT_BYTES = 2**25
 _LOOSE_RESULTS = 32
 
 
-class StopRequested(Exception):
-    """The run was told to stop, and what was done so far is on disk."""
+class StopRequested(SystemExit):
+    """The run was told to stop, and what was done so far is on disk. The exit code is the one of shells."""
 
     def __init__(self, signum: int):
-        super().__init__(signum)
+        super().__init__(128 + signum)
         self.signum = signum
 
 
