@@ -37,11 +37,14 @@ import re
 import sys
 import traceback
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 from yaml import YAMLError
 
 
+# Other commands than a run, each the `main` of a module
+COMMANDS = {"report": ".report.page", "evaluate": ".evaluate"}
 RECIPES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 __doc__ += "\nRecipes, each described at its head:\n"
 __doc__ += "".join(f"  {name:16} {Path(path).read_text().splitlines()[0][2:]}\n" for name, path in RECIPES.items())
@@ -194,14 +197,8 @@ def main():
     # peft imports bitsandbytes, which misses a kernel for weights in 4 bits, also where nothing is quantized
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        if arguments[0] == "report":
-            from .report.page import main as report
-
-            report(arguments[1:])
-        elif arguments[0] == "evaluate":
-            from .evaluate import main as evaluate
-
-            evaluate(arguments[1:])
+        if arguments[0] in COMMANDS:
+            import_module(COMMANDS[arguments[0]], "trl_spin").main(arguments[1:])
         elif arguments[0] == "generate":
             generate(arguments[1:])
         elif parsed := parse(arguments):

@@ -92,10 +92,9 @@ def hold_out(
             raise ValueError(f"{what}. Choose one of up to 100 printable bytes, without a slash, and not 'train'.")
     for name, dataset in {"train": train_dataset, **(held_out if eval_dataset is not None else {})}.items():
         if not isinstance(dataset, Dataset):
-            what = (
-                f"The {name} dataset must be a `datasets.Dataset`, got {type(dataset).__name__}. It cannot be streamed"
-            )
-            raise TypeError(f"{what}, as all prompts are completed before training: load it with `streaming=False`.")
+            what = f"The {name} dataset must be a `datasets.Dataset`, got {type(dataset).__name__}"
+            remedy = "cannot be streamed, as all prompts are completed before training: load it with `streaming=False`"
+            raise TypeError(f"{what}. It {remedy}.")
         if len(dataset) == 0:
             raise ValueError(f"The {name} dataset is empty.")
     subsets, rows, size = {}, range(len(train_dataset)), args.held_out_size
@@ -202,10 +201,9 @@ class RowReader:
         after_ids = tokenizer(after, add_special_tokens=False)["input_ids"]
         closing = next((token for token in after_ids if token in special), None)
         if closing is None:
-            what = (
-                f"The chat template closes no turn with a special token: {tokenizer.eos_token!r} ends real completions"
-            )
-            logger.warning(f"{what}. A model that was not fine-tuned that way will not end its own ones.")
+            what = "The chat template closes no turn with a special token"
+            end = f"{tokenizer.eos_token!r} (`eos_token`) is put after the real completions"
+            logger.warning(f"{what}: {end}. A model that was not fine-tuned that way will not end its own ones.")
         elif closing not in end_token_ids:
             logger.info(f"Generation also stops at {tokenizer.decode(closing)!r}, which closes a templated turn.")
             end_token_ids.add(closing)

@@ -68,9 +68,8 @@ class ChainedLR(LambdaLR):
 
     def load_state_dict(self, state_dict: dict):
         super().load_state_dict(state_dict)
-        self._last_lr = [
-            rate * factor(self.last_epoch) for rate, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
-        ]
+        factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
+        self._last_lr = [rate * factor for rate, factor in zip(self.base_lrs, factors, strict=True)]
         for group, learning_rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = learning_rate
 

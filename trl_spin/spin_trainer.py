@@ -162,9 +162,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             raise TypeError(f"`args` must be a `SPINConfig`, got {type(args).__name__}.")
         args = args.with_learning_rate(adapter=peft_config is not None or isinstance(model, PeftModel))
         if optimizers[1] is not None and isinstance(args.learning_rate, list):
-            what = (
-                f"`learning_rate={args.learning_rate}` has a peak per iteration, and `optimizers` a scheduler for all"
-            )
+            what = f"`learning_rate={args.learning_rate}` is for each iteration, the scheduler in `optimizers` for all"
             raise ValueError(f"{what}: give one of them.")
         eval_dataset, self._rows = hold_out(train_dataset, eval_dataset, args, compute_completion_metrics is not None)
         engine_class = chosen_engine(args)

@@ -96,9 +96,8 @@ class VLLM(Engine):
         if isinstance(model, torch.nn.Module):
             dtype, training = _dtypes(args, model)
             if dtype != training:
-                logger.warning(
-                    f"vLLM computes in {dtype}, training in {training}: it samples from a rounded opponent."
-                )
+                what = f"vLLM computes in {dtype}, training in {training}"
+                logger.warning(f"{what}: it samples from a rounded opponent.")
 
     @contextmanager
     def open(self, model: torch.nn.Module) -> Iterator[Complete]:
