@@ -79,13 +79,9 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
         model_args.dtype = "bfloat16" if quantized else "float32"
     if quantized and not model_args.use_peft:
         raise ValueError("A quantized model cannot be trained itself, only an adapter on it: add `--use_peft`.")
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    loading = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    loading |= {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
+    training_args.model_init_kwargs = loading | (training_args.model_init_kwargs or {})
 
     if model_args.model_name_or_path is None:
         raise ValueError("`--model_name_or_path` is required: the fine-tuned model that self-play starts from.")

@@ -25,7 +25,7 @@ from .engines import Engine
 from .generation import check_played, commit_completions, pair_completions, score
 from .measures import Measures
 from .memory import DEFAULT_BUDGET
-from .pairs import Columns, Game, Pairs, opponents
+from .pairs import Columns, Game, Pairs
 from .run.checkpoints import load_model
 from .run.files import find_fault, model_dir
 from .run.games import Request, find_stored, load_game, remove_completions, store_game
@@ -99,7 +99,8 @@ class SelfPlayCallback(TrainerCallback):
         pairs, num_tokens = self.complete(request, list(self.game.datasets))
         seconds = time.perf_counter() - start
         check_played(pairs["train"], self.game.rules, request.iteration)
-        for opponent in opponents(request.iteration, args.opponent_history)[1:]:
+        oldest = max(0, request.iteration - args.opponent_history)
+        for opponent in reversed(range(oldest, request.iteration)):
             earlier = self.processes.on_main(load_game, args.output_dir, opponent, request.settings["run"])["train"]
             # The first of its opponents is the one of that iteration
             earlier = earlier.select(range(len(self.game.train)))

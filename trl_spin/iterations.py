@@ -29,7 +29,6 @@ from trl import DPOTrainer
 from .callbacks import SelfPlayCallback
 from .measures import last_logs
 from .pairs import Game
-from .report.signals import judge
 from .report.tables import iteration_rows
 from .run.checkpoints import keep_model, load_model
 from .run.files import MANIFEST, RECORD, RECORDED_OPTIONS, find_fault, game_dir, model_dir, write_json
@@ -107,7 +106,8 @@ class BestMetric:
         before, after = self.values(iteration - 1).get(iteration - 1), logs.get(self.name)
         if before is None or after is None:
             return True, None
-        return judge(before, after, self.name, self.greater_is_better)
+        fine = after >= before if self.greater_is_better else after <= before
+        return fine, f"{self.name} {before:.4g} -> {after:.4g}: {'helped' if fine else 'hurt'}"
 
     def why_stop(self, iteration: int, logs: dict[str, float]) -> str | None:
         """Why the game should end after an iteration, if it should, by what was logged last in it."""

@@ -43,11 +43,6 @@ PAIR_FEATURES = Features(
 )
 
 
-def opponents(iteration: int, history: int) -> range:
-    """Iterations whose opponents are played against, the newest first."""
-    return range(iteration, max(-1, iteration - 1 - history), -1)
-
-
 @dataclass(frozen=True)
 class Rules:
     """
@@ -162,15 +157,9 @@ def as_preference(pair: dict[str, Any]) -> dict[str, Any]:
     """A pair under the names of DPOTrainer's collator: the real completion is chosen, the generated one rejected."""
     # A pair that is not played is twice the real completion: its log-ratios cancel, the gradient is 0
     generated = "generated" if pair["played"] else "real"
-    return {
-        "row": pair["row"],
-        "prompt_ids": pair["prompt_ids"],
-        "chosen_ids": pair["real_ids"],
-        "rejected_ids": pair[f"{generated}_ids"],
-        "ref_chosen_logps": pair["ref_real_logps"],
-        "ref_rejected_logps": pair[f"ref_{generated}_logps"],
-        "played": pair["played"],
-    }
+    ids = {"chosen_ids": pair["real_ids"], "rejected_ids": pair[f"{generated}_ids"]}
+    logps = {"ref_chosen_logps": pair["ref_real_logps"], "ref_rejected_logps": pair[f"ref_{generated}_logps"]}
+    return {name: pair[name] for name in ("row", "prompt_ids", "played")} | ids | logps
 
 
 class PairCollator:

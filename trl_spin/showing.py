@@ -199,8 +199,7 @@ class ReportCallback(TrainerCallback):
         except ModuleNotFoundError as error:
             logger.info(f"No report was written. {error}")
         except Exception as error:  # a fault of the report does not undo the training
-            fault = f"{type(error).__name__}: {error}"
-            logger.warning(f"The report could not be written ({fault}). The models are intact.")
+            logger.warning(f"The report could not be written: {type(error).__name__}: {error}. The models are intact.")
 
 
 def _last_turn(prompt: str | list[dict]) -> str:

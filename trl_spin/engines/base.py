@@ -193,14 +193,6 @@ def chosen_engine(args: Any) -> type[Engine]:
     return engine
 
 
-def check_generation_kwargs(args: Any, make: Callable):
-    """Raises a `ValueError` if what they are for does not take them."""
-    try:
-        make(**args.generation_kwargs or {})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`generation_kwargs={args.generation_kwargs}` cannot be used: {error}") from error
-
-
 def forked_rng(device: torch.device) -> AbstractContextManager[None]:
     """Leaves torch's random state as it was."""
     return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)

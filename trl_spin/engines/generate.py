@@ -25,7 +25,7 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 from trl.trainer.utils import pad
 
 from ..run.processes import explain_out_of_memory
-from .base import Complete, Engine, check_generation_kwargs, grpo_options, ready_to_generate
+from .base import Complete, Engine, grpo_options, ready_to_generate
 
 
 def length_sorted_batches(lengths: np.ndarray, max_size: Callable[[int], int]) -> list[np.ndarray]:
@@ -115,11 +115,12 @@ class Generate(Engine):
 
     @classmethod
     def check(cls, args: Any, model: Any = None):
-        def make(**kwargs):
+        kwargs = args.generation_kwargs or {}
+        try:
             if unknown := GenerationConfig().update(cache_implementation=args.cache_implementation, **kwargs):
                 raise TypeError(f"`GenerationConfig` has no {sorted(unknown)}")
-
-        check_generation_kwargs(args, make)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`generation_kwargs={args.generation_kwargs}` cannot be used: {error}") from error
 
     def batches(self, lengths: np.ndarray, max_new_tokens: int) -> list[np.ndarray]:
         return length_sorted_batches(lengths, lambda longest: (self.token_budget or 1) // (longest + max_new_tokens))

@@ -147,16 +147,10 @@ class VLLM(Engine):
     def _describe(self, model: PreTrainedModel | PeftModel, folder: str) -> tuple[dict, dict, str | None]:
         """vLLM's options, those of sampling, and the folder of the adapter, if there is one."""
         args, rules, adapter = self.args, self.rules, None
-        options = {
-            "model": folder,
-            "dtype": _dtypes(args, model)[0],
-            "max_model_len": args.vllm_max_model_length or rules.max_length,
-            "tensor_parallel_size": args.vllm_tensor_parallel_size,
-            "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
-            "trust_remote_code": args.trust_remote_code,
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # not the model's own, which may have another temperature
-        }
+        options = {"model": folder, "dtype": _dtypes(args, model)[0], "trust_remote_code": args.trust_remote_code}
+        options |= {name: getattr(args, f"vllm_{name}") for name in ("tensor_parallel_size", "gpu_memory_utilization")}
+        options |= {"max_model_len": args.vllm_max_model_length or rules.max_length, "skip_tokenizer_init": True}
+        options["generation_config"] = "vllm"  # not the model's own, which may have another temperature
         if isinstance(model, PeftModel):
             config, adapter = model.active_peft_config, folder
             rank = max([config.r, *config.rank_pattern.values()])

@@ -30,10 +30,6 @@ WARNINGS = tomllib.loads(Path(__file__).with_name("warnings.toml").read_text(enc
 _SLICE = 4096
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def auc(positive: list[float], negative: list[float]) -> float:
     """
     Area under the ROC curve: the probability that a random positive scores higher than a random negative, where ties
@@ -92,7 +88,7 @@ def first_token_auc(real: np.ndarray, generated: np.ndarray) -> float:
         counts = [1 + np.bincount(side[half::2], minlength=len(tokens)) for side in firsts.reshape(2, -1)]
         scores = np.log(counts[0] / counts[1])
         values.append(auc(*(scores[side[1 - half :: 2]] for side in firsts.reshape(2, -1))))
-    return _mean(values)
+    return sum(values) / len(values)
 
 
 def describe_game(pairs: Dataset) -> dict[str, float]:
@@ -162,15 +158,6 @@ def _find_causes(game: dict) -> dict[str, str | bool]:
         "first_token": game["auc_first_token"] - 0.5 > far and template,
         "overshot": game["nll_real"] > game["nll_before"] + 0.02 and since,
     }
-
-
-def judge(before: float, after: float, name: str, greater_is_better: bool) -> tuple[bool, str]:
-    """
-    Whether the model is no worse than before the iteration, by one metric of the opponent (`before`) and of the
-    trained model (`after`), and the verdict in words.
-    """
-    fine = after >= before if greater_is_better else after <= before
-    return fine, f"{name} {before:.4g} -> {after:.4g}: {'helped' if fine else 'hurt'}"
 
 
 def metric_prefix(name: str) -> str:

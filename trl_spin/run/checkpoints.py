@@ -71,7 +71,8 @@ class Checkpoints:
                 shutil.rmtree(staged.parent)
         self.accelerator.wait_for_everyone()
         if args.should_save and args.save_total_limit:
-            older = [path for path in sort_checkpoints(args.output_dir) if _step(path) <= state.global_step]
+            paths = sort_checkpoints(args.output_dir)
+            older = [path for path in paths if int(path.rpartition("-")[2]) <= state.global_step]
             # From where the iteration began, it can be played again should its game be damaged
             start = max(first for first in game.schedule.starts if first <= state.global_step)
             start = str(Path(args.output_dir) / f"checkpoint-{start}")
@@ -117,7 +118,3 @@ def _remove(checkpoint: Path):
     shutil.rmtree(nameless, ignore_errors=True)
     os.replace(checkpoint, nameless)
     shutil.rmtree(nameless)
-
-
-def _step(checkpoint: str) -> int:
-    return int(checkpoint.rsplit("-", 1)[1])
