@@ -120,6 +120,7 @@ def run(trainer, dataset_name):
         if args.push_to_hub:
             trainer.push_to_hub(dataset_name=dataset_name)
         trainer.best_iteration.show_end(saved=args.output_dir)
+    trainer.accelerator.wait_for_everyone()  # gloo aborts a process that leaves before another has ended
     trainer.accelerator.end_training()
 
 
