@@ -150,6 +150,8 @@ def test_the_size_of_the_optimizer(tmp_path, optim, per_weight):
     assert estimate == pytest.approx(per_weight * num_weights, rel=0.1)
     if optim != "adamw_8bit":  # small tensors have 32 bits
         assert estimate == pytest.approx(size, rel=0.1, abs=1000)
+    else:  # bitsandbytes remembers which, also for later runs
+        assert optimizer_after_a_run(tmp_path / "later", optim=optim)[1] == estimate
 
 
 def test_the_size_of_an_optimizer_that_keeps_rows_and_columns(tmp_path):

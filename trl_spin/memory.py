@@ -14,6 +14,7 @@
 
 """What a run needs of the device's memory, estimated before the first step from a row as long as one can get."""
 
+import copy
 import math
 import os
 from collections.abc import Callable
@@ -193,6 +194,9 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
     # Not made by its class: some of what it was made with, as the number of bits, is not in its `defaults`
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
+    if hasattr(twin, "mng"):  # where bitsandbytes keeps, by position, which weights of the run have 32 bits
+        twin.mng = copy.copy(twin.mng)
+        twin.mng.index2config = {}
     try:
         torch.optim.Optimizer.__init__(twin, [optimizer.param_groups[0] | {"params": [probe]}], optimizer.defaults)
         type(twin).step(twin)  # a scheduler has put another `step` into the instance: the optimizer's own
