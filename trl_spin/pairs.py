@@ -25,6 +25,7 @@ import pyarrow
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase
 
@@ -331,7 +332,8 @@ def with_logps(pairs: Dataset, logps: dict[str, np.ndarray]) -> Dataset:
     for side, values in logps.items():
         position = table.column_names.index(f"ref_{side}_logps")
         table = table.set_column(position, table.field(position), [pyarrow.array(values)])
-    return Dataset(InMemoryTable(table))
+    # Without a fingerprint, `datasets` would hash a copy of all rows in memory
+    return Dataset(InMemoryTable(table), fingerprint=generate_random_fingerprint())
 
 
 def leave_out_unplayed(inputs: dict[str, Any], accelerator: Accelerator) -> tuple[dict[str, Any], float]:

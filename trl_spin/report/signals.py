@@ -62,7 +62,7 @@ def describe_texts(column: pyarrow.ChunkedArray, lengths: np.ndarray) -> tuple[d
     texts, that of distinct bigrams (distinct-2, https://huggingface.co/papers/1510.03055), and the mean repetition.
     Only a slice of the texts is in memory at a time, and a number for each text and each distinct bigram.
     """
-    firsts, hashes = np.full((2, len(lengths)), -1)
+    firsts, hashes = (np.full(len(lengths), -1) for _ in range(2))
     bigrams, num_bigrams, repeated = np.empty(0, np.int64), 0, 0.0
     for start in range(0, len(lengths), _SLICE):
         tokens = column.slice(start, _SLICE).combine_chunks().flatten().to_numpy().astype(np.int64)
@@ -82,12 +82,11 @@ def first_token_auc(real: np.ndarray, generated: np.ndarray) -> float:
     How well the first token alone tells real from generated completions. Tokens are counted in one half of the pairs
     and score the other half by the log-ratio of their counts, so that no pair is scored by its own counts.
     """
-    tokens, firsts = np.unique(np.stack([real, generated]), return_inverse=True)
-    values = []
+    sides, values = (real + 1, generated + 1), []
     for half in (0, 1) if len(real) > 1 else (1,):
-        counts = [1 + np.bincount(side[half::2], minlength=len(tokens)) for side in firsts.reshape(2, -1)]
+        counts = [1 + np.bincount(side[half::2], minlength=max(map(np.max, sides)) + 1) for side in sides]
         scores = np.log(counts[0] / counts[1])
-        values.append(auc(*(scores[side[1 - half :: 2]] for side in firsts.reshape(2, -1))))
+        values.append(auc(*(scores[side[1 - half :: 2]] for side in sides)))
     return sum(values) / len(values)
 
 

@@ -38,7 +38,7 @@ from .files import explain_write_error
 # A run that is killed while it generates loses at most this much work
 COMMIT_SECONDS = 300
 # Nor does it keep more than this in memory
-_COMMIT_BYTES = 2**25
+_COMMIT_BYTES = 2**23
 # Small objects that stay keep the C library from using the memory around them again, which batches needed for a moment:
 # with the results of thousands of batches waiting, it would grow to gigabytes
 _LOOSE_RESULTS = 32
