@@ -13,7 +13,8 @@
 # limitations under the License.
 
 """
-Memory and time of a run as its rows grow: short rows, a tiny random model, everything else as in any run.
+Memory and time of a run as its rows grow: a tiny random model, short rows or, with `--length`, longer ones (32: 190
+tokens), everything else as in any run.
 
 Each size is a run of its own, with one process and with two. Of each process it measures the largest private memory
 (Linux's `RssAnon`: what the process has for itself) and the largest part of mapped files that was in memory (`RssFile`:
@@ -22,6 +23,7 @@ loaded and the trainer is to be made.
 
 python benchmarks/rows.py
 python benchmarks/rows.py --rows 10000 100000 --processes 1
+python benchmarks/rows.py --rows 10000 --processes 1 --length 32
 """
 
 import os
@@ -55,14 +57,14 @@ from trl_spin import SPINConfig, SPINTrainer
 _SLICE = 10_000
 
 
-def make_data(path: Path, num_rows: int):
-    """Rows of one to five letters and a number, in a file that is mapped into memory."""
+def make_data(path: Path, num_rows: int, length: int):
+    """Rows of one to five letters and a number, both so many times, in a file that is mapped into memory."""
     schema = pyarrow.schema({"prompt": pyarrow.string(), "completion": pyarrow.string()})
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
         for start in range(0, num_rows, _SLICE):
             numbers = range(start, min(start + _SLICE, num_rows))
-            prompts = ["abcde"[: 1 + i % 5] for i in numbers]
-            completions = [str(i % 1000) for i in numbers]
+            prompts = ["abcde"[: 1 + i % 5] * length for i in numbers]
+            completions = [str(i % 1000) * length for i in numbers]
             stream.write_table(pyarrow.table({"prompt": prompts, "completion": completions}, schema=schema))
 
 
@@ -79,7 +81,7 @@ def memory() -> dict[str, float]:
     return {name: int(lines[key].split()[0]) / 1024 for name, key in (("private", "RssAnon"), ("mapped", "RssFile"))}
 
 
-def play(directory: Path):
+def play(directory: Path, length: int):
     """One process of a run. It leaves what it needed."""
     world_size, tokenizer = int(os.environ.get("WORLD_SIZE", 1)), make_tokenizer()
     torch.manual_seed(0)
@@ -89,8 +91,10 @@ def play(directory: Path):
     options = {"output_dir": str(directory / "run"), "use_cpu": True, "bf16": False, "report_to": "none"}
     options |= {"disable_tqdm": True, "write_report": False, "num_probes": 0, "save_strategy": "no"}
     options |= {"num_self_play_iterations": 1, "num_train_epochs": 1, "gradient_checkpointing": False}
-    options |= {"per_device_train_batch_size": 512 // world_size, "precompute_ref_batch_size": 256}
-    options |= {"generation_token_budget": 2**12, "max_completion_length": 4, "logging_steps": 1000}
+    # Batches of about as many tokens, whatever the length, except in generation, which would take too long
+    size = max(1, 512 // world_size // length)
+    options |= {"per_device_train_batch_size": size, "precompute_ref_batch_size": max(1, 256 // length)}
+    options |= {"generation_token_budget": 2**12 * length, "max_completion_length": 4 * length, "logging_steps": 1000}
     first, peak, over = memory(), {"private": 0.0, "mapped": 0.0}, threading.Event()
 
     def watch():
@@ -120,10 +124,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="Sizes of the data.")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="Numbers of processes.")
+    parser.add_argument("--length", type=int, default=1, help="How many times as long rows and completions are.")
     parser.add_argument("--play", type=Path, help=argparse.SUPPRESS)  # a process of a run, which this script starts
     options = parser.parse_args()
     if options.play:
-        return play(options.play)
+        return play(options.play, options.length)
     phases = ("tokenizing", "generation", "scoring", "training", "processor")
     titles = [
         "rows",
@@ -137,9 +142,10 @@ def main():
     for num_processes in options.processes:
         for num_rows in options.rows:
             with tempfile.TemporaryDirectory() as directory:
-                make_data(Path(directory, "data.arrow"), num_rows)
+                make_data(Path(directory, "data.arrow"), num_rows, options.length)
                 launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
                 command = [sys.executable, *(launcher if num_processes > 1 else ()), __file__, "--play", directory]
+                command += ["--length", str(options.length)]
                 log = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
                 if log.returncode:
                     raise SystemExit(log.stdout)
