@@ -13,7 +13,9 @@
 # limitations under the License.
 
 import tempfile
+import tracemalloc
 
+import numpy as np
 import pytest
 from conftest import CHATML, make_args, make_dataset, make_model, make_tokenizer
 from datasets import Dataset
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 
 from trl_spin import SPINTrainer
 from trl_spin.data import RowReader
-from trl_spin.pairs import PAIR_FEATURES, Rules
+from trl_spin.pairs import PAIR_FEATURES, Rules, with_logps
 from trl_spin.run.games import load_game, store_game
 
 
@@ -304,3 +306,14 @@ def test_any_conversation_keeps_the_invariants(name, conversations):
     with tempfile.TemporaryDirectory() as directory:
         store_game(directory, 0, {"train": pairs}, {"request": ""})
         assert load_game(directory, 0)["train"][:] == pairs[:]
+
+
+def test_scores_are_put_to_pairs_without_a_copy_of_their_tokens():
+    logps = dict.fromkeys(("real", "generated"), np.arange(1000.0))
+    columns = {f"ref_{side}_logps": np.zeros(1000) for side in logps}
+    pairs = Dataset.from_dict({"generated_ids": [[0] * 1000] * 1000, **columns})
+    tracemalloc.start()
+    scored = with_logps(pairs, logps)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert scored["ref_real_logps"][:] == list(range(1000)) and peak < 10**6
