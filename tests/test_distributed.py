@@ -58,7 +58,6 @@ def play(output_dir, kind: str, batch_size: int, model=None, resume=None, callba
                 "opponent_history": 1,
                 "optim": "sgd",  # Adam would blow rounding up to the size of the learning rate
                 "learning_rate": 1e-2,
-                "temperature": 0.0 if kind == "continuous" else 1.0,  # at 0, all engines give the same completions
                 "generation_token_budget": 400,
             }
             | options,
@@ -100,7 +99,7 @@ def assert_same_game(one: Path, two: Path, iteration: int) -> dict[str, Dataset]
     return one
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "continuous", "vllm"])
+@pytest.mark.parametrize("kind", ["full", "lora", "vllm"])
 def test_two_processes_play_the_same_game_as_one(tmp_path, kind, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("stand_in")))  # for vLLM
     play(tmp_path / "one", kind, batch_size=4)
@@ -245,8 +244,7 @@ if __name__ == "__main__":
         if kind == "lora":  # one of the processes has little memory, and both must do as it needs
             memory.available_memory = lambda device: 1e6 if os.environ["RANK"] == "1" else 1e12
             options = {"gradient_checkpointing": None, "generation_token_budget": None}
-        continuous = kind == "continuous"
-        trainer = play(name, kind, batch_size=2, use_transformers_continuous_batching=continuous, **options)
+        trainer = play(name, kind, batch_size=2, **options)
         engine = callback_of(trainer, SelfPlayCallback).engine
         result = trainer.model.is_gradient_checkpointing, engine.token_budget
     Path(f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(result))

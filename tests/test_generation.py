@@ -20,32 +20,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import (
-    callback_of,
-    first_losses,
-    load_in_4bit,
-    make_args,
-    make_dataset,
-    make_model,
-    make_tokenizer,
-    make_trainer,
-)
+from conftest import Scripted, callback_of, make_args, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LogitsProcessorList
 
 from trl_spin import SelfPlayCallback
 from trl_spin.engines import chosen_engine
 from trl_spin.engines.base import LARGE_BATCH
-from trl_spin.engines.continuous_batching import PAGE_SIZE, ContinuousBatching
 from trl_spin.engines.generate import SampleByRow, length_sorted_batches, sampling_processors, splitmix64
+from trl_spin.engines.vllm import VLLM
 from trl_spin.generation import row_seed
 from trl_spin.pairs import Columns, Rules
 from trl_spin.run.games import read_manifest
 from trl_spin.run.processes import Processes, StopSignal
-
-
-CONTINUOUS = {"use_transformers_continuous_batching": True}
 
 
 def complete(model, tokenizer, prompts, tmp_path, seeds=None, max_length=None, end_token_ids=None, **kwargs):
@@ -133,15 +120,14 @@ def test_a_sample_depends_on_its_seed_alone(model, tokenizer, prompts, tmp_path)
     assert together != complete(model, tokenizer, prompts, tmp_path, seeds=[row_seed(1, i) for i in range(5)])
 
 
-@pytest.mark.parametrize("engine", [{}, CONTINUOUS], ids=["generate", "continuous_batching"])
-def test_end_tokens_and_limits(tokenizer, prompts, tmp_path, engine):
+def test_end_tokens_and_limits(tokenizer, prompts, tmp_path):
     model = make_model(tokenizer)
     eos, other_eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"])
     model.lm_head.weight.data.zero_()
     bias = torch.full((len(tokenizer),), -20.0)
     bias[[eos, other_eos, *range(6)]] = 0.0  # one token in four is an end token, of either kind
     model.lm_head.bias = torch.nn.Parameter(bias)
-    ends = {"end_token_ids": [eos, other_eos], **engine}
+    ends = {"end_token_ids": [eos, other_eos]}
     completions = complete(model, tokenizer, prompts * 8, tmp_path, max_completion_length=6, **ends)
     last_tokens = {c["generated_ids"][-1] for c in completions if not c["truncated"]}
     assert last_tokens == {eos, other_eos}
@@ -230,7 +216,7 @@ def test_large_batches_are_even(tmp_path, tokenizer, num_prompts, num_processes,
     accelerator = SimpleNamespace(num_processes=num_processes)
     rules = Rules(tokenizer, [0], None, truncated="keep", play_empty=False, play_identical=False)
     processes = Processes(accelerator, StopSignal(accelerator), quiet=True)
-    engine = ContinuousBatching(make_args(tmp_path, **CONTINUOUS), processes, rules, save_model=None)
+    engine = VLLM(make_args(tmp_path, use_vllm=True), processes, rules, save_model=None)
     batches = engine.batches(np.ones(num_prompts, int), 1)
     assert [len(batch) for batch in batches] == sizes
     assert sorted(np.concatenate(batches)) == list(range(num_prompts))
@@ -244,119 +230,9 @@ def test_the_model_sees_the_prompts_as_they_are(model, tokenizer, prompts, tmp_p
     assert sorted(rows) == sorted(prompts)
 
 
-# ---- Continuous batching ----
-
-
-def with_adapter(model):
-    return get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_continuous_batching_is_generate(tokenizer, prompts, tmp_path, attention, adapter):
-    model = make_model(tokenizer, attn_implementation=attention)
-    without = complete(model, tokenizer, prompts, tmp_path, temperature=0.0)
-    if adapter:
-        model = with_adapter(model)
-    model.train()
-    model.generation_config.suppress_tokens = list(range(200))
-    rng = torch.get_rng_state()
-    expected = complete(model, tokenizer, prompts * 9, tmp_path, temperature=0.0)  # more rows than go in at once
-    assert complete(model, tokenizer, prompts * 9, tmp_path, temperature=0.0, **CONTINUOUS) == expected
-    assert (expected[:5] != without) == adapter
-    assert all(module.training for module in model.modules())
-    assert model.config._attn_implementation == attention
-    assert model.generation_config.suppress_tokens == list(range(200))
-    complete(model, tokenizer, prompts, tmp_path, **CONTINUOUS)
-    assert torch.equal(torch.get_rng_state(), rng)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}, {"temperature": 1.5, "top_k": 4}],
-    ids=lambda o: str(o),
-)
-def test_continuous_batching_follows_the_processed_distribution(model, tokenizer, prompts, tmp_path, options):
-    num_samples = 2_000
-    completions = complete(
-        model,
-        tokenizer,
-        prompts[1:2] * num_samples,
-        tmp_path,
-        max_completion_length=1,
-        **options,
-        use_transformers_continuous_batching=True,
-        transformers_continuous_batching_config={"max_requests_per_batch": 200},
-    )
-    counts = (
-        torch.tensor([c["generated_ids"][0] for c in completions]).bincount(minlength=len(tokenizer)) / num_samples
-    )
-    processors = LogitsProcessorList(sampling_processors(make_args(tmp_path, **options), [0], model.device)[:-1])
-    with torch.no_grad():
-        expected = processors(None, model(torch.tensor(prompts[1:2])).logits[:, -1]).softmax(dim=-1)[0]
-    # The order of the draws depends on time, so that no seed makes this test deterministic: 6 standard errors
-    assert ((counts - expected).abs() <= 6 * (expected * (1 - expected) / num_samples).sqrt() + 2 / num_samples).all()
-    assert (counts[expected == 0] == 0).all()
-    assert 0.5 * (counts - expected).abs().sum() < 0.2
-
-
-def test_continuous_batching_draws_anew_for_other_seeds(model, tokenizer, prompts, tmp_path):
-    def sample(seed):
-        return complete(model, tokenizer, prompts, tmp_path, seeds=[row_seed(seed, i) for i in range(5)], **CONTINUOUS)
-
-    assert sample(0) != sample(1)
-
-
-def test_continuous_batching_that_fails_says_so(model, tokenizer, prompts, tmp_path):
-    config = {"num_blocks": 1, PAGE_SIZE: 16, "max_batch_tokens": 16}
-    with pytest.raises(ValueError, match=r"(?s)failed on 5 of 5 prompts: .*`num_blocks`.*unset"):
-        complete(
-            model,
-            tokenizer,
-            [prompt * 20 for prompt in prompts],
-            tmp_path,
-            use_transformers_continuous_batching=True,
-            transformers_continuous_batching_config=config,
-        )
-    with pytest.raises(TypeError, match="no_such_option"):
-        complete(
-            model,
-            tokenizer,
-            prompts,
-            tmp_path,
-            use_transformers_continuous_batching=True,
-            transformers_continuous_batching_config={"no_such_option": 1},
-        )
-
-
-@pytest.mark.parametrize("kind", ["float32", "bf16", "lora", "qlora"])
-def test_a_run_with_continuous_batching(tmp_path, tokenizer, kind):
-    model, options = make_model(tokenizer, hidden_size=64), {}
-    if kind == "qlora":
-        model.save_pretrained(tmp_path / "base")
-        model = load_in_4bit(tmp_path / "base")
-    if kind.endswith("lora"):
-        options = {"peft_config": LoraConfig(target_modules="all-linear")}
-    options["bf16"] = kind in ("bf16", "qlora")
-    trainer = make_trainer(
-        tmp_path / "run",
-        model=model,
-        eval_dataset=make_dataset(4),
-        use_transformers_continuous_batching=True,
-        transformers_continuous_batching_config=f'{{"{PAGE_SIZE}": 16}}',
-        **options,
-    )
-    weights = dict(trainer.model.named_parameters())
-    trainer.train()
-    assert first_losses(trainer) == pytest.approx([0.6931, 0.6931], abs=1e-3 if not options["bf16"] else 0.02)
-    # The very weights, in their own precision: copies in another one are gone
-    assert all(weights[name] is weight for name, weight in trainer.model.named_parameters())
-    manifests = [read_manifest(str(tmp_path / "run"), t) for t in range(2)]
-    assert [manifest["engine"] for manifest in manifests] == ["continuous_batching"] * 2
-
-
-def test_a_run_is_resumed_with_another_engine(tmp_path):
+def test_a_run_is_resumed_with_another_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr(Scripted, "script", lambda engine, prompts: [[5]] * len(prompts))
     make_trainer(tmp_path, num_self_play_iterations=1, save_strategy="epoch").train()
-    make_trainer(tmp_path, save_strategy="epoch", **CONTINUOUS).train(resume_from_checkpoint=True)
+    make_trainer(tmp_path, save_strategy="epoch", use_script=True).train(resume_from_checkpoint=True)
     engines = [read_manifest(str(tmp_path), iteration)["engine"] for iteration in range(2)]
-    assert engines == ["generate", "continuous_batching"]
+    assert engines == ["generate", "scripted"]

@@ -35,7 +35,7 @@ LAYERS = [
     "objectives schedule compat vllm_worker run.files run.logs run.weights report.signals report.tables",  # stand by themselves
     "pairs layout run.processes run.games report.card evaluate",  # the game, and what is on disk
     "engines.base report.reader shared_prefix_trainer",
-    "engines.generate engines.continuous_batching engines.vllm report.figures",
+    "engines.generate engines.vllm report.figures",
     "engines report.page",
     "spin_config",  # every option: those of the engines, and its own
     "data memory measures run.checkpoints sources",

@@ -169,7 +169,6 @@ def test_an_option_is_refused_by_its_name_or_means_what_it_says(tmp_path, name):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"use_vllm": True, "use_transformers_continuous_batching": True}, "are both set"),
         ({"prompts_per_iteration": 2, "opponent_history": 1}, "needs the same prompts.* got 2"),
         ({"use_vllm": True, "vllm_mode": "server"}, "`vllm_mode` must be .*'offline'.*, got 'server'"),
         ({"vllm_python": "python"}, "`vllm_python='python'` means nothing to .*'generate'"),
@@ -178,12 +177,6 @@ def test_an_option_is_refused_by_its_name_or_means_what_it_says(tmp_path, name):
         ({"cache_implementation": "sttaic"}, r"Invalid `cache_implementation` \(sttaic\)"),
         ({"use_vllm": True, "cache_implementation": "static"}, "`cache_implementation='static'`"),
         ({"use_vllm": True, "generation_kwargs": {"stop": ["a"], "seed": 1}}, r"\['seed', 'stop'\].*Remove them"),
-        ({"transformers_continuous_batching_config": {"num_blocks": 8}}, "`transformers_continuous_batching_config="),
-        ({"use_transformers_continuous_batching": True, "repetition_penalty": 1.1}, "`repetition_penalty=1.1`"),
-        (
-            {"use_transformers_continuous_batching": True, "generation_kwargs": {"suppress_tokens": [1]}},
-            "`generation_kwargs=.* to continuous batching",
-        ),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(tmp_path, options, message):

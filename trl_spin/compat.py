@@ -23,7 +23,6 @@ import trl.trainer.dpo_trainer
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.generation.continuous_batching import PagedAttentionCache
 
 
 @contextmanager
@@ -35,12 +34,6 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
-
-
-def pass_over_cache():
-    """Makes accelerate, which converts a model's outputs to float32, pass over the cache of continuous batching."""
-    # From transformers 5.24 on, that is among the outputs and, with its dtype, taken for a tensor (accelerate 1.15)
-    PagedAttentionCache.float = lambda cache: cache
 
 
 def no_model_hash() -> AbstractContextManager:

@@ -97,8 +97,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     please refer to the [`~trl.DPOConfig`] and [`~transformers.TrainingArguments`] documentation. Note that default
     values in this class may differ from those in these classes. Parameters of generation that are not listed here have
     the names, defaults and meanings of [`~trl.GRPOConfig`]: `top_p`, `top_k`, `min_p`,
-    `repetition_penalty`, `cache_implementation`, `use_vllm` and `vllm_...`,
-    `use_transformers_continuous_batching` and `transformers_continuous_batching_config`.
+    `repetition_penalty`, `cache_implementation`, `use_vllm` and `vllm_...`.
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the

@@ -89,11 +89,6 @@ class Engine:
         self.token_budget: int | None = args.generation_token_budget
 
     @classmethod
-    def refused(cls, args: Any) -> dict[str, str]:
-        """Options of all engines, or of its own, that it cannot honour, and where they mean nothing."""
-        return {}
-
-    @classmethod
     def check(cls, args: Any, model: str | PreTrainedModel | PeftModel | None = None):
         """
         Raises an error if it cannot complete prompts, before anything is computed: when the options are made, when the
@@ -180,12 +175,11 @@ def chosen_engine(args: Any) -> type[Engine]:
     if more:
         raise ValueError(f"`{engine.flag}` and `{more[0].flag}` are both set, but one engine generates: set one.")
     # An option that has no effect would be taken for one that has
-    where = f"to the engine that generates ({engine.name!r})"
-    refused = {o.name: where for other in ENGINES.values() if other is not engine for o in fields(other.Options)}
     options = type(args).__dataclass_fields__
-    for name, where in (refused | engine.refused(args)).items():
+    for name in (o.name for other in ENGINES.values() if other is not engine for o in fields(other.Options)):
         if name in options and getattr(args, name) != options[name].default:
-            raise ValueError(f"`{name}={getattr(args, name)!r}` means nothing {where}. Leave it unset.")
+            what = f"`{name}={getattr(args, name)!r}` means nothing to the engine that generates ({engine.name!r})"
+            raise ValueError(f"{what}. Leave it unset.")
     if reserved := sorted((args.generation_kwargs or {}).keys() & engine.reserved):
         rule = "each prompt gets one completion, sampled and limited by options of their own, and ended by end tokens"
         raise ValueError(f"`generation_kwargs` holds {reserved}, but {rule}. Remove them.")
@@ -199,10 +193,8 @@ def forked_rng(device: torch.device) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def ready_to_generate(
-    model: torch.nn.Module, accelerator: Accelerator
-) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedModel]]:
-    """The unwrapped model in evaluation mode, and the one inside its adapter, which has no generation config."""
+def ready_to_generate(model: torch.nn.Module, accelerator: Accelerator) -> Iterator[PreTrainedModel | PeftModel]:
+    """The unwrapped model in evaluation mode, without a generation config."""
     was_training = model.training
     unwrapped = unwrap_model_for_generation(model, accelerator)
     all_weights = DistributedBackend(accelerator).summon_full_params(model, recurse=False)
@@ -212,7 +204,7 @@ def ready_to_generate(
         base_model = unwrapped_model.get_base_model() if isinstance(unwrapped_model, PeftModel) else unwrapped_model
         own_config, base_model.generation_config = base_model.generation_config, GenerationConfig()
         try:
-            yield unwrapped_model, base_model
+            yield unwrapped_model
         finally:
             base_model.generation_config = own_config
             model.train(was_training)

@@ -137,7 +137,7 @@ class Generate(Engine):
         def stopped(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
             return torch.full((len(input_ids),), stop.signum != 0, device=input_ids.device)
 
-        with ready_to_generate(model, self.accelerator) as (unwrapped_model, _), self.accelerator.autocast():
+        with ready_to_generate(model, self.accelerator) as unwrapped_model, self.accelerator.autocast():
 
             @torch.no_grad()
             def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]] | None:

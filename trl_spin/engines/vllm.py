@@ -84,8 +84,8 @@ class VLLM(Engine):
             raise ImportError(f"`use_vllm=True` needs vLLM: {remedy}, or leave `use_vllm` unset.")
         if getattr(model, "is_quantized", False):
             what = f"vLLM would load the weights that were quantized by {model.quantization_method.value} as they were"
-            remedy = "Leave `use_vllm` unset, or set `use_transformers_continuous_batching`."
-            raise ValueError(f"{what} before, and the opponent would not be the reference. {remedy}")
+            what = f"{what} before, and the opponent would not be the reference"
+            raise ValueError(f"{what}. Leave `use_vllm` unset.")
         if isinstance(model, PeftModel):
             if model.active_peft_config.peft_type != PeftType.LORA:
                 kind = model.active_peft_config.peft_type.value
