@@ -297,7 +297,13 @@ def test_any_conversation_keeps_the_invariants(name, conversations):
             {
                 **row,
                 **dict.fromkeys(("truncated", "empty", "identical", "played"), False),
-                **{"opponent": 0, "generated_ids": [], "ref_real_logps": 0.0, "ref_generated_logps": 0.0},
+                **{
+                    "opponent": 0,
+                    "generated_ids": [],
+                    "weight": 1.0,
+                    "ref_real_logps": 0.0,
+                    "ref_generated_logps": 0.0,
+                },
             }
             for row in prepared
         ],

@@ -66,7 +66,7 @@ def make_pairs(real, generated, real_nll=1.0, **flags):
         [
             {
                 **{"row": i, "opponent": 0, "prompt_ids": [0], "real_ids": r, "generated_ids": g},
-                **{"truncated": False, "empty": False, "identical": False, "played": True, **flags},
+                **{"truncated": False, "empty": False, "identical": False, "played": True, "weight": 1.0, **flags},
                 **{"ref_real_logps": -real_nll * len(r), "ref_generated_logps": -1.0 * len(g)},
             }
             for i, (r, g) in enumerate(zip(real, generated, strict=True))
@@ -102,6 +102,7 @@ def test_diversity(monkeypatch, size):
 FINE, FEW = make_pairs(texts(8, 0), texts(8, 1)), make_pairs(texts(12, 0, num=6), texts(8, 1, num=6))
 TRUNCATED, EMPTY = (make_pairs(texts(8, 0), texts(8, 1), **{kind: True}) for kind in ("truncated", "empty"))
 UNPLAYED = make_pairs(texts(8, 0), texts(8, 1), played=False)
+FILTERED = make_pairs(texts(8, 0), texts(8, 1), played=False, weight=0.0)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +128,7 @@ UNPLAYED = make_pairs(texts(8, 0), texts(8, 1), played=False)
         ),
         ({"train": judged(EMPTY, text=True)}, r"empty: .*\nThe rows are text"),
         ({"train": judged(UNPLAYED, unplayed="truncated")}, r"Few pairs are played: 0% \(train\).\n.*'drop'"),
+        ({"train": judged(FILTERED, unplayed="filtered")}, r"played: 0% \(train\).\n`pair_filter` gives 100%"),
         (
             {"train": judged(make_pairs(texts(8, 0), texts(8, 1)[:1] * 100))},
             "are distinct: 1%, of the real ones 100%",
@@ -137,7 +139,7 @@ UNPLAYED = make_pairs(texts(8, 0), texts(8, 1), played=False)
             r"less likely: 1.000 -> 1.100 nats per token \(eval\).\n.*overshot",
         ),
     ],
-    ids="none longer shorter cut few first limit endless empty text drop collapse loops overshooting".split(),
+    ids="none longer shorter cut few first limit endless empty text drop filter collapse loops overshooting".split(),
 )
 def test_shortcuts_and_collapse_are_named_with_the_remedy(games, message):
     warnings = "\n".join(find_warnings(games))

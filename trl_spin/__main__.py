@@ -71,7 +71,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
     from . import SPINTrainer
-    from .sources import load_data
+    from .sources import load_data, load_function
 
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
     if model_args.dtype is None:
@@ -99,6 +99,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        pair_filter=script_args.pair_filter and load_function("pair_filter", script_args.pair_filter),
     )
     trainer.dataset_name = script_args.dataset_name or ", ".join(part.path for part in dataset_args.datasets)
     trainer.shows_end = False  # not before the model is saved

@@ -98,7 +98,7 @@ class SelfPlayCallback(TrainerCallback):
         args, start = self.trainer.args, time.perf_counter()
         pairs, num_tokens = self.complete(request, list(self.game.datasets))
         seconds = time.perf_counter() - start
-        check_played(pairs["train"], self.game.rules, request.iteration)
+        check_played(pairs["train"], self.game, request.iteration)
         oldest = max(0, request.iteration - args.opponent_history)
         for opponent in reversed(range(oldest, request.iteration)):
             earlier = self.processes.on_main(load_game, args.output_dir, opponent, request.settings["run"])["train"]

@@ -30,7 +30,7 @@ from trl import DPOTrainer
 
 from .engines import Engine
 from .engines.generate import length_sorted_batches
-from .pairs import PAIR_FEATURES, Columns, Game, Rules, as_preference, with_logps
+from .pairs import PAIR_FEATURES, Columns, Game, as_preference, with_logps
 from .run.games import Request, committed, read_completions, read_rows, write_pairs, write_rows
 from .run.logs import logger
 from .run.processes import Processes, explain_out_of_memory
@@ -108,19 +108,44 @@ def pair_completions(game: Game, output_dir: str, request: Request, name: str) -
         missing = f"{len(dataset) - len(indices)} of {len(dataset)} completions of the {name} dataset"
         raise ValueError(f"Iteration {iteration}: {missing} are not there. Resume the run to make them.")
     rows = zip(dataset.columns, map(Columns(concatenate_datasets(shards)).__getitem__, positions), strict=True)
-    pairs = (game.rules.make_pair(*row, iteration, held_out=name != "train") for row in rows)
+    held_out = name != "train"
+    pairs = (game.rules.make_pair(*row, iteration, held_out) for row in rows)
+
+    def weighted(part: list[dict[str, Any]]) -> pyarrow.Table:
+        for pair, weight in zip(part, weigh(game, name, part), strict=True):
+            pair |= {"weight": weight, "played": held_out or (pair["played"] and weight > 0)}
+        return pyarrow.Table.from_pylist(part, schema)
+
     slices = iter(lambda: list(islice(pairs, _SLICE)), [])
     path = request.directory(output_dir) / f"{name}-pairs.arrow"
-    return write_pairs(path, (pyarrow.Table.from_pylist(part, schema) for part in slices), schema)
+    return write_pairs(path, map(weighted, slices), schema)
 
 
-def check_played(pairs: Dataset, rules: Rules, iteration: int):
+def weigh(game: Game, name: str, pairs: list[dict[str, Any]]) -> list[float]:
+    """The weights that `pair_filter` gives pairs of a dataset. Raises a `ValueError` if it returns something else."""
+    if game.pair_filter is None:
+        return [1.0] * len(pairs)
+    columns = {column: [pair[column] for pair in pairs] for column in ("row", "generated_ids", "real_ids")}
+    weights = np.asarray(game.ask(game.pair_filter, name, columns), np.float32)
+    if weights.shape != (len(pairs),):
+        what = f"`pair_filter` ({game.filter_name}) returns weights of shape {weights.shape} for {len(pairs)} pairs"
+        raise ValueError(f"{what} of the {name} dataset: it must return a list with one for each.")
+    for i in np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))[:1]:
+        what = f"`pair_filter` ({game.filter_name}) gives row {columns['row'][i]} of the {name} dataset"
+        raise ValueError(f"{what} the weight {weights[i]}: it must be finite, and 0 or more.")
+    return weights.tolist()
+
+
+def check_played(pairs: Dataset, game: Game, iteration: int):
     """Raises a `ValueError` if there is no pair to learn from."""
     if any(pairs["played"][:]):
         return
+    if not any(pairs["weight"][:]):
+        what = f"`pair_filter` ({game.filter_name}) gives each of {len(pairs)} pairs weight 0"
+        raise ValueError(f"Iteration {iteration} has nothing to learn from: {what}. Look at what it is given.")
     shares = ", ".join(f"{sum(pairs[kind][:])} are {kind}" for kind in ("empty", "identical", "truncated"))
-    examples = pairs.select(range(min(3, len(pairs))))
-    examples = "\n".join(f"Row {pair['row']}: {rules.tokenizer.decode(pair['generated_ids'])!r}" for pair in examples)
+    examples, decode = pairs.select(range(min(3, len(pairs)))), game.rules.tokenizer.decode
+    examples = "\n".join(f"Row {pair['row']}: {decode(pair['generated_ids'])!r}" for pair in examples)
     raise ValueError(
         f"Iteration {iteration} has nothing to learn from: of {len(pairs)} completions, {shares}.\n{examples}\nEmpty "
         "ones: is the chat template that of the fine-tuning? Truncated ones: raise `max_completion_length`, or play "

@@ -14,7 +14,6 @@
 
 """What is measured: of every step, of the opponent's completions, and by a function of the user's own."""
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from .pairs import Game
-from .report.signals import KINDS, describe_game, find_warnings, metric_prefix, proportion_interval
+from .report.signals import FILTERED, KINDS, describe_game, find_warnings, metric_prefix, proportion_interval
 from .run.games import read_manifest
 from .run.weights import OVERFLOW_REMEDY
 from .spin_config import SPINConfig
@@ -66,19 +65,9 @@ class Measures:
 
     def of_completions(self, pairs: dict[str, Dataset]) -> dict[str, float]:
         """What the user's function says of completions of held-out prompts."""
-        metrics, decode = {}, self.game.rules.decode
+        metrics = {}
         for name in self.game.held_out if self.compute is not None else ():
-            dataset, read_prompt = self.game.sources[name]
-            dataset = dataset.select(pairs[name]["row"][:])
-            texts = [[read_prompt(row) for row in dataset]]
-            texts += [decode(pairs[name][f"{side}_ids"]) for side in ("generated", "real")]
-            if isinstance(texts[0][0], list):
-                texts[1:] = ([[{"role": "assistant", "content": text}] for text in side] for side in texts[1:])
-            # The columns that it takes, by its signature, beside the three lists
-            taken = inspect.signature(self.compute).parameters
-            takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-            names = [c for c in dataset.column_names if (takes_all or c in taken) and c not in [*taken][:3]]
-            for key, value in self.compute(*texts, **{name: dataset[name][:] for name in names}).items():
+            for key, value in self.game.ask(self.compute, name, pairs[name]).items():
                 metrics[f"{metric_prefix(name)}completions/{key}"] = float(value)
         return metrics
 
@@ -91,8 +80,10 @@ class Measures:
         earlier = read_manifest(output_dir, iteration - 1) or {"metrics": {}}  # before iteration 0, there is none
         for name, dataset in pairs.items():
             prefix, newest = metric_prefix(name) + "self_play/", dataset.select(range(len(game.datasets[name])))
-            described, flags = describe_game(newest), newest.with_format("numpy")
-            metrics |= {prefix + key: value for key, value in described.items()}
+            described, table = describe_game(newest), newest.with_format("numpy")
+            unused = () if game.pair_filter else FILTERED
+            metrics |= {prefix + key: value for key, value in described.items() if key not in unused}
+            flags = {kind: table[kind][:] for kind in KINDS} | {"filtered": table["weight"][:] == 0}
             metrics[f"{prefix}left_out"] = sum(game.left_out[name].values())
             lengths, (source, read_prompt) = game.datasets[name].columns.lengths("real_ids"), game.sources[name]
             games[name] = described | {
@@ -101,7 +92,7 @@ class Measures:
                 "beyond_limit": (lengths > limit).mean(),
                 "fitting": math.ceil(np.quantile(lengths, 0.95)),
                 "text": template is not None and isinstance(read_prompt(source[newest["row"][0]]), str),
-                "unplayed": max(KINDS[::-1], key=lambda kind: (flags[kind][:] & ~flags["played"][:]).sum()),
+                "unplayed": max([*flags][::-1], key=lambda kind: (flags[kind] & ~table["played"][:]).sum()),
                 "nll_before": earlier["metrics"].get(f"{prefix}nll_real", math.inf),
             }
         for age in range(len(pairs["train"]) // len(game.train)):

@@ -15,8 +15,9 @@
 """Pairs of a real and a generated completion: what makes one, who its opponent is, and the dataset that holds them."""
 
 import hashlib
+import inspect
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,12 +36,12 @@ from .schedule import Schedule
 # As on disk: no vocabulary needs more than four bytes for a token
 IDS = List(Value("int32"))
 # One row per pair. `row` is the index in the user's dataset, `opponent` the iteration whose opponent wrote the
-# completion
+# completion, `weight` what the user's `pair_filter` gives it
 PAIR_FEATURES = Features(
     {name: Value("int64") for name in ("row", "opponent")}
     | dict.fromkeys(("prompt_ids", "real_ids", "generated_ids"), IDS)
     | {name: Value("bool") for name in ("truncated", "empty", "identical", "played")}
-    | {name: Value("float32") for name in ("ref_real_logps", "ref_generated_logps")}
+    | {name: Value("float32") for name in ("weight", "ref_real_logps", "ref_generated_logps")}
 )
 
 
@@ -95,8 +96,8 @@ class Rules:
         left_out = left_out or (truncated and self.truncated == "drop")
         ids = {"prompt_ids": row["prompt_ids"], "real_ids": real_ids, "generated_ids": generated_ids}
         flags = {"truncated": truncated, "empty": empty, "identical": identical, "played": held_out or not left_out}
-        logps = {"ref_real_logps": 0.0, "ref_generated_logps": 0.0}
-        return {"row": row["row"], "opponent": opponent, **ids, **flags, **logps}
+        numbers = {"weight": 1.0, "ref_real_logps": 0.0, "ref_generated_logps": 0.0}
+        return {"row": row["row"], "opponent": opponent, **ids, **flags, **numbers}
 
 
 class Columns:
@@ -160,17 +161,19 @@ def as_preference(pair: dict[str, Any]) -> dict[str, Any]:
     generated = "generated" if pair["played"] else "real"
     ids = {"chosen_ids": pair["real_ids"], "rejected_ids": pair[f"{generated}_ids"]}
     logps = {"ref_chosen_logps": pair["ref_real_logps"], "ref_rejected_logps": pair[f"ref_{generated}_logps"]}
-    return {name: pair[name] for name in ("row", "prompt_ids", "played")} | ids | logps
+    # Held out, what the filter says is measured, and changes nothing: there is no gradient
+    weight = pair["weight"] if pair["played"] else 0.0
+    return {"row": pair["row"], "prompt_ids": pair["prompt_ids"], "weight": weight} | ids | logps
 
 
 class PairCollator:
-    """Adds to a batch of DPOTrainer's collator which rows its pairs are of, and which of them are played."""
+    """Adds to a batch of DPOTrainer's collator which rows its pairs are of, and their weights: 0 if not played."""
 
     def __init__(self, collator: Callable[[list[dict]], dict[str, Any]]):
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        more = {name: torch.tensor([example[name] for example in examples]) for name in ("row", "played")}
+        more = {name: torch.tensor([example[name] for example in examples]) for name in ("row", "weight")}
         return self.collator(examples) | more
 
 
@@ -204,7 +207,7 @@ class GameDataset(torch.utils.data.Dataset):
         if self._columns:
             return as_preference(self._columns[(index + self.epoch) % len(self._columns)][index])
         row = self.columns[index]
-        return {"chosen_ids": row.pop("real_ids"), "rejected_ids": [], "played": False} | row
+        return {"chosen_ids": row.pop("real_ids"), "rejected_ids": [], "weight": 0.0} | row
 
     @property
     def column_names(self) -> list[str]:
@@ -281,6 +284,8 @@ class Game:
             Name or path of the model that self-play starts from.
         rules ([`Rules`], *optional*):
             What becomes of a completion. Known once the first dataset is tokenized.
+        pair_filter (`Callable`, *optional*):
+            See `pair_filter` in [`SPINTrainer`].
         settings (`dict[str, Any]`):
             All that a completion depends on, beside opponent and iteration.
         schedule ([`~schedule.Schedule`], *optional*):
@@ -296,6 +301,7 @@ class Game:
     sources: dict[str, tuple[Dataset, Callable[[dict], str | list[dict]]]] = field(default_factory=dict)
     base_model: str = ""
     rules: Rules | None = None
+    pair_filter: Callable[..., list[float]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     schedule: Schedule | None = None
     iteration: int = 0
@@ -318,12 +324,38 @@ class Game:
     def started(self) -> bool:
         return bool(self.train.pairs)
 
+    @property
+    def filter_name(self) -> str | None:
+        return self.pair_filter and describe_function(self.pair_filter)
+
+    def ask(self, function: Callable, name: str, pairs: Mapping[str, list] | Dataset) -> Any:
+        """
+        What a function of the user's says of pairs of a dataset: of prompts, generated and real completions, as texts
+        or messages, and of those other columns of the dataset that it has parameters for.
+        """
+        dataset, read_prompt = self.sources[name]
+        dataset = dataset.select(pairs["row"][:])
+        texts = [[read_prompt(row) for row in dataset]]
+        texts += [self.rules.decode(pairs[f"{side}_ids"]) for side in ("generated", "real")]
+        if isinstance(texts[0][0], list):
+            texts[1:] = ([[{"role": "assistant", "content": text}] for text in side] for side in texts[1:])
+        taken = inspect.signature(function).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        names = [c for c in dataset.column_names if (takes_all or c in taken) and c not in [*taken][:3]]
+        return function(*texts, **{name: dataset[name][:] for name in names})
+
     def swap(self, iteration: int, pairs: dict[str, Dataset], at_start: bool):
         """Puts the pairs of an iteration in the place of the last one's."""
         for name, dataset in self.datasets.items():
             dataset.turn_to(iteration)
             dataset.swap(pairs[name])
         self.iteration, self.at_start = iteration, at_start
+
+
+def describe_function(function: Callable) -> str:
+    """Name of a function of the user's, with the arguments that are set in it."""
+    arguments, function = getattr(function, "keywords", {}), getattr(function, "func", function)
+    return f"{getattr(function, '__qualname__', type(function).__qualname__)}{arguments or ''}"
 
 
 def with_logps(pairs: Dataset, logps: dict[str, np.ndarray]) -> Dataset:
@@ -342,12 +374,13 @@ def leave_out_unplayed(inputs: dict[str, Any], accelerator: Accelerator) -> tupl
     stays. At least one pair does, so that the backward pass runs, and as many on all processes, which gather their
     metrics.
     """
-    played = inputs["played"]
-    inputs = {key: value for key, value in inputs.items() if key not in ("row", "played")}
+    inputs = {key: value for key, value in inputs.items() if key != "row"}
+    played = inputs["weight"] > 0
     keep = max(1, int(accelerator.gather(played.sum()).max()))
     if keep == len(played):
         return inputs, 1.0
     rows = played.long().argsort(descending=True, stable=True)[:keep]
     both = torch.cat([rows, rows + len(played)])
-    inputs = {key: value[rows if key.startswith("ref_") else both] for key, value in inputs.items()}
+    of_pairs = {key for key in inputs if key.startswith("ref_")} | {"weight"}  # others are of each side
+    inputs = {key: value[rows if key in of_pairs else both] for key, value in inputs.items()}
     return inputs, keep / len(played)

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .engines.base import Engine, forked_rng
-from .generation import score
+from .generation import score, weigh
 from .memory import MemoryPlan, plan_memory
 from .pairs import PAIR_FEATURES, Columns, Game, as_preference
 from .run.files import existing
@@ -124,13 +124,14 @@ class PreflightCallback(TrainerCallback):
             with self.engines[1].open(model) as generate:
                 completions = self.engines[1].complete(generate, rows, seed_of, limit, desc=None).to_pylist()
             pairs = [game.rules.make_pair(*row, 0, held_out=False) for row in zip(rows, completions, strict=True)]
+            processes.on_main(weigh, game, "train", pairs)  # what fails does so before anything is generated
             pairs = Dataset.from_list(pairs, features=PAIR_FEATURES)
             model.eval()
             trainer.choose_layout(self.collate(map(as_preference, pairs)))
             # With a completion of the full length
             prompt, real = columns[longest]["prompt_ids"], columns[longest]["real_ids"]
             length = min(args.max_completion_length, (game.rules.max_length or math.inf) - len(prompt))
-            pair = {"row": longest, "played": True, "prompt_ids": prompt}
+            pair = {"row": longest, "weight": 1.0, "prompt_ids": prompt}
             pair |= {"chosen_ids": real, "rejected_ids": (real * length)[:length]}
             # A run that is resumed goes on in the same batches
             budget = args.generation_token_budget or processes.on_main(recorded_token_budget, args.output_dir)

@@ -14,8 +14,11 @@
 
 """The data that a command line names: on the Hub, in a folder, or in a file."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
@@ -37,10 +40,27 @@ class DataArguments(ScriptArguments):
         eval_dataset_name (`str`, *optional*):
             Path or name of the data to evaluate on, if it is not in `dataset_name`. Of several splits,
             `dataset_test_split` is taken.
+        pair_filter (`str`, *optional*):
+            Function of your own, `module:function`, that gives each pair its weight, 0 for those that are not played:
+            see `pair_filter` in [`SPINTrainer`]. The module may lie in the current directory.
     """
 
     dataset_test_split: str = "test"
     eval_dataset_name: str | None = None
+    pair_filter: str | None = None
+
+
+def load_function(option: str, name: str) -> Callable:
+    """The function that an option names, `module:function`. Raises a `ValueError` if there is none."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as for a script of Python's: the current directory
+    try:
+        function = resolve_name(name)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ValueError(f"`{option}` must be `module:function`, got {name!r}: {error}.") from error
+    if not callable(function):
+        raise ValueError(f"`{option}` must name a function, but {name!r} is `{type(function).__name__}`.")
+    return function
 
 
 def load_data(arguments: DataArguments, mixture: DatasetMixtureConfig) -> tuple[Dataset, Dataset | None]:

@@ -39,7 +39,7 @@ from .engines import Generate, chosen_engine
 from .iterations import BestIterationCallback, BestMetric, CompletionMetricsCallback, IterationCallback
 from .measures import Measures, StepMonitor, accuracy
 from .objectives import ChosenLosses
-from .pairs import Game, GameDataset, PairCollator, leave_out_unplayed
+from .pairs import Game, GameDataset, PairCollator, describe_function, leave_out_unplayed
 from .preflight import DryRun, PreflightCallback
 from .report.card import public_name, write_model_card
 from .run.checkpoints import Checkpoints, save_model
@@ -131,6 +131,12 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             Objective of your own, in the place of `loss_type`: a function `f(real_logratios, generated_logratios,
             beta)` of the log-ratios log p_θ/p_θt of the real and of the generated completions, two tensors of shape
             (batch,), and of λ, that returns the loss of each pair.
+        pair_filter (`Callable`, *optional*):
+            Function that returns a weight, or a bool, for each pair of a prompt, a generated and a real completion,
+            such as a check that drops correct completions. Its arguments are those of `compute_completion_metrics`;
+            it is called with up to 1,000 pairs at a time, when they have been generated. The weight scales a pair's
+            gradient, in any loss, and the mean is still over the whole batch. A pair of weight 0 costs nothing. Of
+            held-out pairs, which are all played, what it says is measured.
     """
 
     _tag_names = ["trl", "spin"]
@@ -151,6 +157,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         peft_config: PeftConfig | None = None,
         compute_completion_metrics: Callable[..., dict[str, float]] | None = None,
         objective: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None,
+        pair_filter: Callable[..., list[float]] | None = None,
     ):
         if ref_model is not None:
             reason = "the reference of each iteration is the model itself at its start, which is the opponent as well"
@@ -170,7 +177,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         if not isinstance(model, str):
             check_forward(model)
         self.losses, self.objective = ChosenLosses(args, objective), objective
-        self.game = Game(base_model=model_id)
+        self.game = Game(base_model=model_id, pair_filter=pair_filter)
         self.run_dir = args.output_dir
         self.dataset_name = train_dataset.info.dataset_name or "a local dataset"
         self.share_prefix = args.share_prefix
@@ -255,13 +262,14 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         self.monitor.step(mode, self.state.global_step, loss, (real, generated), inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def forward_pairs(self, model, row=None, played=None, **kwargs):
-        """Keeps the log-probs of the completions, and gives pairs that are not played no gradient in any loss."""
+    def forward_pairs(self, model, row=None, weight=None, **kwargs):
+        """Keeps the log-probs of the completions, and scales the gradient of pairs by their weights, in any loss."""
         outputs = super().forward_pairs(model, **kwargs)
         if kwargs.get("fused_lm_head"):
-            if played is not None:
-                played = played.repeat(2)[:, None]
-                outputs.log_probs = torch.where(played, outputs.log_probs, outputs.log_probs.detach())
+            if weight is not None:
+                value = outputs.log_probs.detach()
+                weight = weight.repeat(2)[:, None].to(value.dtype)
+                outputs.log_probs = value + weight * (outputs.log_probs - value)
             # Prompt-learning PEFT prepends virtual tokens to the outputs
             logps = outputs.log_probs[:, -(kwargs["labels"].size(1) - 1) :].sum(dim=1)
             self._logps = logps.chunk(2, dim=0)
@@ -313,7 +321,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "row", "played"]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "row", "weight"]))
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> GameDataset:
         # The last thing that DPOTrainer does with a dataset. There is nothing to score before the opponent has
@@ -388,7 +396,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         more = {
             "adapter": {name: value for name, value in adapter.items() if name not in ignored} or None,
             "model": self._start_fingerprint,
-            "objective": self.objective and _describe(self.objective),
+            "objective": self.objective and describe_function(self.objective),
+            "pair_filter": self.game.filter_name,
             "num_processes": self.accelerator.num_processes,
         }
         config = self.model.config.to_dict()
@@ -494,9 +503,3 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             rows=self.best_iteration.best_metric.table(self.args.num_self_play_iterations - 1),
             tags=[*self._tag_names, *unsloth, *([tags] if isinstance(tags, str) else tags or [])],
         )
-
-
-def _describe(objective: Callable) -> str:
-    """Name of a function, with the arguments that are set in it."""
-    arguments, function = getattr(objective, "keywords", {}), getattr(objective, "func", objective)
-    return f"{getattr(function, '__qualname__', type(function).__qualname__)}{arguments or ''}"

@@ -25,6 +25,7 @@ from datasets import Dataset
 
 SIDES = ("real", "generated")
 KINDS = ("truncated", "empty", "identical")  # of generated completions
+FILTERED = ("filtered", "mean_weight")  # what `pair_filter` says of pairs
 WARNINGS = tomllib.loads(Path(__file__).with_name("warnings.toml").read_text(encoding="utf-8"))
 # Completions that are in memory at a time
 _SLICE = 4096
@@ -98,7 +99,7 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
     """
     described, lengths, logps, firsts, table = {}, {}, {}, {}, pairs.with_format("arrow")[:]
     # In a pair that is not played, the real completion is scored in place of the generated one as well
-    played = table["played"].to_numpy()
+    played, weights = table["played"].to_numpy(), table["weight"].to_numpy()
     for side in SIDES:
         lengths[side] = pyarrow.compute.list_value_length(table[f"{side}_ids"]).to_numpy()
         logps[side] = table[f"ref_{side}_logps"].to_numpy().astype(np.float64)
@@ -108,6 +109,7 @@ def describe_game(pairs: Dataset) -> dict[str, float]:
     return {
         **described,
         **{name: float(table[name].to_numpy().mean()) for name in (*KINDS, "played")},
+        **dict(zip(FILTERED, (float((weights == 0).mean()), float(weights.mean())), strict=True)),
         "nll_real": -float(sum(logps["real"])) / int(lengths["real"].sum()),
         "nll_generated": -float(sum(logps["generated"][played])) / max(1, int(lengths["generated"][played].sum())),
         "auc_length": auc(lengths["real"], lengths["generated"]),
@@ -143,7 +145,8 @@ def _find_causes(game: dict) -> dict[str, str | bool]:
     """The cause of each warning, by which its remedy is chosen; `False` if there is nothing to warn of."""
     template = "text" if game["text"] else "template"
     since = "start" if game["nll_before"] == math.inf else "training"
-    truncated, unplayed = game["truncated"] > 0.2, game["played"] < 0.8 and game["unplayed"]
+    few = 0.2 if game["unplayed"] == "filtered" else 0.8  # which is meant to leave out some
+    truncated, unplayed = game["truncated"] > 0.2, game["played"] < few and game["unplayed"]
     # Few pairs say little: three standard errors of the Mann-Whitney statistic where both sides are alike
     far = max(0.25, 3 * math.sqrt((2 * game["num_pairs"] + 1) / 12) / game["num_pairs"])
     return {

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # In `self_play/iteration-<t>` (the first also beside each model), in `self_play`, and in `iteration-<t>`
 MANIFEST, PROBES, EXAMPLES = "manifest.json", "probes.json", "examples.json"
 HISTORY, SETTINGS = "log_history.json", "run.json"
