@@ -158,6 +158,26 @@ def test_workers_complete_a_round(sft, monkeypatch, capsys, caplog, adapter):
     assert_equal_weights(*(sft / run / "iteration-1" / name for run in ("alone", "fleet")))
 
 
+def test_a_function_of_ones_own_by_its_name(sft, monkeypatch):
+    checks = (
+        "def odd(prompts, completions, real, answer):\n    return [len(text) % 4 == 1 for text in answer]\nten = 10\n"
+    )
+    (sft / "checks.py").write_text(checks)
+    monkeypatch.chdir(sft)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    options = {"num_self_play_iterations": 1, "pair_filter": "checks:odd"}
+    run(monkeypatch, ["generate", *command_line(sft, "run", **options), "--iteration", "0"])
+    run(monkeypatch, command_line(sft, "run", **options, resume_from_checkpoint=True))
+    assert load_game(sft / "run", 0)["train"]["weight"][:] == [i % 7 % 2 == 0 for i in range(12)]
+    for name, reason in (
+        ("checks:even", "no attribute 'even'"),
+        ("none:odd", "No module"),
+        ("checks:ten", "is `int`"),
+    ):
+        with pytest.raises(SystemExit, match=f"`pair_filter` must .*{name}.*{reason}"):
+            run(monkeypatch, command_line(sft, "other", pair_filter=name))
+
+
 @pytest.mark.parametrize(
     "own, message",
     [

@@ -41,6 +41,10 @@ from trl_spin.run.games import load_game, read_manifest
 from trl_spin.run.weights import weights_fingerprint
 
 
+def by_length(prompts, completions, real):
+    return [1 + len(message["content"]) % 2 / 2 for [message] in completions]
+
+
 def play(output_dir, kind: str, batch_size: int, model=None, resume=None, callbacks=None, **options):
     tokenizer = make_tokenizer()
     if kind == "vllm":  # two processes share one
@@ -66,6 +70,7 @@ def play(output_dir, kind: str, batch_size: int, model=None, resume=None, callba
         eval_dataset=make_dataset(5),
         processing_class=tokenizer,
         callbacks=callbacks,
+        pair_filter=by_length if kind == "full" else None,
         peft_config=LoraConfig(r=1 if model else 4, target_modules="all-linear") if kind == "lora" else None,
     )
     trainer.train(resume)
@@ -101,7 +106,7 @@ def assert_same_game(one: Path, two: Path, iteration: int) -> dict[str, Dataset]
 
 @pytest.mark.parametrize("kind", ["full", "lora", "vllm"])
 def test_two_processes_play_the_same_game_as_one(tmp_path, kind, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("stand_in")))  # for vLLM
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("stand_in")), prepend=os.pathsep)  # for vLLM
     play(tmp_path / "one", kind, batch_size=4)
     run("torch.distributed.run --standalone --nproc_per_node 2", tmp_path / "two", kind, ACCELERATE_USE_CPU="true")
     first, second = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2))

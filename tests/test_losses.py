@@ -19,11 +19,12 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import Scripted, assert_loss_and_gradient, first_losses, logp, make_args, make_trainer
+from conftest import Scripted, assert_loss_and_gradient, first_losses, logp, make_args, make_dataset, make_trainer
 from transformers import TrainerCallback
 
 from trl_spin.objectives import OBJECTIVES, TRL_LOSSES, objective
 from trl_spin.pairs import as_preference
+from trl_spin.run.games import load_game, read_manifest
 
 
 OWN = sorted(OBJECTIVES.keys() - TRL_LOSSES.keys())
@@ -153,6 +154,58 @@ def test_losses_of_dpo_trainer_keep_their_names(tmp_path, loss_type):
 def test_options_that_do_not_apply_are_refused(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **kwargs)
+
+
+# ---- Weights ----
+
+WEIGHTS = [i % 7 % 3 / 2 for i in range(12)]
+
+
+def by_length(prompts, completions, real):
+    return [len(message["content"]) // 2 % 3 / 2 for [message] in real]
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "bco_pair"])
+def test_a_weight_scales_the_gradient_of_a_pair_in_any_loss(tmp_path, loss_type):
+    options = {"num_self_play_iterations": 1, "beta": 0.5, "learning_rate": 1e-4, "loss_type": loss_type}
+    trainer = make_trainer(tmp_path, pair_filter=by_length, **options)
+    trainer.train()
+    game, loss, losses = trainer.game.train, OBJECTIVES["space" if loss_type == "bco_pair" else loss_type].loss, []
+    assert first_losses(trainer) == [pytest.approx(loss(*torch.zeros(2, 1), 0.5).item(), abs=1e-4)]
+    for i in range(4):  # of which two have weight 0: the mean is over four all the same
+        value = loss(*log_ratios(trainer, game[i]), 0.5)
+        losses.append(value.detach() + WEIGHTS[i] * (value - value.detach()))
+    assert_loss_and_gradient(trainer, [game[i] for i in range(4)], torch.stack(losses).mean())
+
+
+def test_weights_are_counted_and_stay_with_the_run(tmp_path, capsys):
+    options = {"opponent_history": 1, "save_strategy": "epoch", "eval_dataset": make_dataset(5)}
+    make_trainer(tmp_path, pair_filter=by_length, **options).train()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "by_length (`pair_filter`) gives each pair its weight" in shown and "filtered out 42%" in shown
+    pairs, metrics = load_game(str(tmp_path), 1), read_manifest(str(tmp_path), 1)["metrics"]
+    assert pairs["train"]["weight"][:] == WEIGHTS * 2
+    assert pairs["train"]["played"][:] == [weight > 0 for weight in WEIGHTS * 2]
+    assert pairs["eval"]["weight"][:] == WEIGHTS[:5] and all(pairs["eval"]["played"])
+    for prefix, weights in {"": WEIGHTS, "eval_": WEIGHTS[:5]}.items():
+        assert metrics[f"{prefix}self_play/filtered"] == pytest.approx(weights.count(0) / len(weights))
+        assert metrics[f"{prefix}self_play/mean_weight"] == pytest.approx(sum(weights) / len(weights))
+    with pytest.raises(ValueError, match="`pair_filter` was 'by_length' and is None"):
+        make_trainer(tmp_path, num_self_play_iterations=3, **options).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "weight, message",
+    [
+        (-0.5, "gives row 0 of the train dataset the weight -0.5: it must be finite"),
+        (math.nan, "gives row 0 of the train dataset the weight nan"),
+        (False, "Iteration 0 has nothing to learn from: `pair_filter` .* gives each of 12 pairs weight 0"),
+        ([1.0, 2.0], r"returns weights of shape \(.*, 2\) for . pairs of the train dataset"),
+    ],
+)
+def test_what_are_no_weights_is_refused(tmp_path, weight, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, pair_filter=lambda prompts, *texts: [weight] * len(prompts)).train()
 
 
 # ---- Objectives of one's own ----

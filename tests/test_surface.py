@@ -189,7 +189,7 @@ def test_options_that_contradict_each_other_are_refused(tmp_path, options, messa
 
 def test_signature_is_that_of_dpo_trainer():
     own, parent = (list(inspect.signature(cls).parameters) for cls in (SPINTrainer, DPOTrainer))
-    assert own == [*parent, "compute_completion_metrics", "objective"]
+    assert own == [*parent, "compute_completion_metrics", "objective", "pair_filter"]
     assert list(inspect.signature(SharedPrefixDPOTrainer).parameters) == parent
 
 
