@@ -31,7 +31,7 @@ from trl import extract_prompt
 from .pairs import IDS, Rules
 from .report.tables import printable
 from .run.logs import logger
-from .spin_config import SPINConfig
+from .spin_config import OPTIONS, SPINConfig
 
 
 _FEATURES = Features({"row": Value("int64"), "prompt_ids": IDS, "real_ids": IDS, "left_out": Value("string")})
@@ -109,7 +109,8 @@ def hold_out(
     if args.prompts_per_iteration or (args.max_prompts or len(rows)) < len(rows):
         # Those of an iteration lie next to each other
         subsets["train"] = random.Random(args.seed).sample(rows, min(args.max_prompts or len(rows), len(rows)))
-    needed_by = [f"{name}=True" for name in ("early_stopping", "load_best_iteration_at_end") if getattr(args, name)]
+    options = {name: getattr(args, name) for name in OPTIONS["held_out"]}
+    needed_by = [f"{name}={value}" for name, value in options.items() if value]
     if measures:
         needed_by.append("compute_completion_metrics")
     if needed_by and eval_dataset is None:

@@ -36,7 +36,7 @@ from .run.games import read_manifest, read_models, remove_completions
 from .run.logs import logger
 from .run.processes import Processes
 from .run.weights import check_finite_weights
-from .spin_config import SPINConfig
+from .spin_config import OPTIONS, SPINConfig
 
 
 class CompletionMetricsCallback(TrainerCallback):
@@ -162,7 +162,7 @@ class BestIterationCallback(TrainerCallback):
             keep_model(self.trainer, self.game, self.processes, -1)
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if state.global_step == 0 and (args.early_stopping or args.load_best_iteration_at_end):
+        if state.global_step == 0 and any(getattr(args, name) for name in OPTIONS["held_out"]):
             self.processes.on_main(self.best_metric.check)  # before anything is trained
 
     def on_evaluate(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):

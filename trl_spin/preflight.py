@@ -188,7 +188,7 @@ def estimate_disk(args: SPINConfig, game: Game, model: float, optimizer: float, 
     # Completions and pairs lie beside the game until it is stored
     next_iteration = model + pairs + 2 * newest + min(2, num_checkpoints) * checkpoint
     # The best iteration may be none: the model that self-play starts from is kept as well
-    num_models = num_iterations + args.load_best_iteration_at_end
+    num_models = num_iterations + args.keeps_start
     whole_run = num_models * model + num_iterations * pairs + num_checkpoints * checkpoint
     parts = {"model": model, "checkpoint": checkpoint, "num_checkpoints": num_checkpoints, "game": pairs}
     return parts | {"next_iteration": next_iteration, "whole_run": whole_run}

@@ -142,6 +142,11 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             Metric that compares iterations: `"eval_nll/real"`, the negative log-likelihood of held-out real
             completions (lower is better), or `"eval_completions/<name>"` for a number of `compute_completion_metrics`
             (higher is better). With several evaluation sets, `"eval_<dataset>_nll/real"` and so on.
+        step_size_search (`list[float]`, *optional*):
+            Step sizes s to try where an iteration ends, beside 0 and 1, such as `[0.25, 0.5, 1.5]`: of the models θ_t
+            + s(θ_{t+1} − θ_t), between the one it began with and the one it made, and beyond, the best by
+            `metric_for_best_iteration` stays. So a run cannot end worse than it began by that number. It costs one
+            measurement for each, and no run with DeepSpeed or FSDP can have it.
         share_prefix (`bool`, *optional*, defaults to `True`):
             Whether the two completions of a pair go through the model in one row, so that their prompt is computed
             once. Results are the same up to rounding. Models for which they are not are detected at the start and keep
@@ -291,6 +296,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     early_stopping: bool = False
     load_best_iteration_at_end: bool = False
     metric_for_best_iteration: str = "eval_nll/real"
+    step_size_search: list[float] | None = None
     share_prefix: bool = True
     dry_run: bool = False
 
@@ -394,6 +400,11 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         if args.deepspeed:
             args.hf_deepspeed_config.trainer_config_process(args)
         return args
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the model that self-play starts from is kept as well."""
+        return self.load_best_iteration_at_end or self.step_size_search is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Without secrets: this is what trackers, and the files of a run, are given."""

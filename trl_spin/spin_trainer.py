@@ -52,6 +52,7 @@ from .schedule import Schedule, chain_schedules
 from .shared_prefix_trainer import SharedPrefixDPOTrainer
 from .showing import BarCallback, CompletionsCallback, ExamplesCallback, LineCallback, ProbeCallback, ReportCallback
 from .spin_config import OPTIONS, SPINConfig
+from .step_size import StepSizeCallback
 
 
 _OUT_OF_MEMORY = (
@@ -213,6 +214,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         self_play = self.self_play = SelfPlayCallback(self, game, processes, engine, measures)
         self.best_iteration = BestIterationCallback(self, game, processes, best_metric)
         self.add_callback(PreflightCallback(self, game, processes, [engine, probe_engine], self._settings))
+        if args.step_size_search:
+            self.add_callback(StepSizeCallback(self_play, self.best_iteration))
         if compute_completion_metrics is not None:
             self.add_callback(CompletionMetricsCallback(self_play))
         self.add_callback(IterationCallback(self, game, processes, best_metric))
@@ -370,7 +373,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             with run_lock(self.processes, args.output_dir), explain_out_of_memory("training", _OUT_OF_MEMORY), stop:
                 settings, resume = self._settings(), resume_from_checkpoint or False
                 self.game.settings["run"], checkpoint = self.processes.on_main(open_run, args, settings, resume)
-                if args.load_best_iteration_at_end and not args.dry_run:
+                if args.keeps_start and not args.dry_run:
                     self.best_iteration.keep_start()
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
                 if stop.signum:
@@ -398,6 +401,7 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             "model": self._start_fingerprint,
             "objective": self.objective and describe_function(self.objective),
             "pair_filter": self.game.filter_name,
+            "step_size_metric": self.args.step_size_search and self.args.metric_for_best_iteration,
             "num_processes": self.accelerator.num_processes,
         }
         config = self.model.config.to_dict()
