@@ -138,7 +138,7 @@ class Scripted(Engine):
 
     @contextmanager
     def open(self, model):
-        yield lambda prompts, seeds, max_new_tokens: self.script(prompts)
+        yield lambda prompts, seeds, max_new_tokens, temperature: self.script(prompts)
 
     def describe(self):
         return "as a test has written it"

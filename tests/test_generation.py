@@ -51,7 +51,8 @@ def complete(model, tokenizer, prompts, tmp_path, seeds=None, max_length=None, e
     rows = Columns(Dataset.from_dict({"row": range(len(prompts)), "prompt_ids": prompts}))
     seed_of = seeds.__getitem__ if seeds else partial(row_seed, 0)
     with engine.open(model) as generate:
-        completions = engine.complete(generate, rows, seed_of, args.max_completion_length, desc=None)
+        given = generate, rows, seed_of, args.max_completion_length, args.temperature
+        completions = engine.complete(*given, desc=None)
     assert completions["index"].to_pylist() == list(range(len(prompts)))
     return completions.drop_columns("index").to_pylist()
 
@@ -67,7 +68,9 @@ def prompts(tokenizer):
 def test_samples_follow_the_processed_distribution(options, tmp_path):
     num_samples, logits = 20_000, torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
     args = make_args(tmp_path, **options)
-    processors = sampling_processors(args, [row_seed(i) for i in range(num_samples)], torch.device("cpu"))
+    processors = sampling_processors(
+        args, args.temperature, [row_seed(i) for i in range(num_samples)], torch.device("cpu")
+    )
     scores = logits.expand(num_samples, -1)
     counts = processors(None, scores.clone()).argmax(dim=1).bincount(minlength=5) / num_samples
     expected = LogitsProcessorList(processors[:-1])(None, scores[:1].clone()).softmax(dim=-1)[0]

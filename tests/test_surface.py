@@ -138,7 +138,7 @@ TAKEN = {  # which of the numbers from -1 to 1.5 an option takes
     "0 1": "opponent_history held_out_size num_probes top_k",
     "1": "num_self_play_iterations num_train_epochs max_prompts prompts_per_iteration max_completion_length "
     "generation_token_budget",
-    "0 0.5 1 1.5": "sft_weight temperature step_size_search",
+    "0 0.5 1 1.5": "sft_weight temperature eval_temperature step_size_search",
     "0 0.5 1": "min_p",
     "0.5 1": "top_p",
     "0.5 1 1.5": "learning_rate beta space_mu loss_weights initial_loss_tolerance repetition_penalty",

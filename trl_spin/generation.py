@@ -92,7 +92,7 @@ def commit_completions(
             seed_of = partial(row_seed, args.seed, iteration, name)
             commit = partial(write, directory, write_rows, directory, name)
             columns, limit = game.datasets[name].columns, args.max_completion_length
-            engine.complete(generate, columns, seed_of, limit, desc, commit, ~rows)
+            engine.complete(generate, columns, seed_of, limit, args.temperature_of(name), desc, commit, ~rows)
     return missing
 
 

@@ -14,6 +14,7 @@
 
 """The end of an iteration: its model is measured, logged, compared and kept. One callback for each."""
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ class BestMetric:
         before, after = self.values(iteration - 1).get(iteration - 1), logs.get(self.name)
         if before is None or after is None:
             return True, None
-        fine = after >= before if self.greater_is_better else after <= before
+        # Where nothing has changed, as `step_size_search` may have it, there is still rounding
+        fine = math.isclose(before, after, rel_tol=1e-6) or (before < after) == self.greater_is_better
         return fine, f"{self.name} {before:.4g} -> {after:.4g}: {'helped' if fine else 'hurt'}"
 
     def why_stop(self, iteration: int, logs: dict[str, float]) -> str | None:

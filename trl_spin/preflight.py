@@ -122,7 +122,8 @@ class PreflightCallback(TrainerCallback):
         with forked_rng(processes.accelerator.device), torch.no_grad():
             seed_of, limit = [row["row"] for row in rows].index, min(args.max_completion_length, _TRIAL_TOKENS)
             with self.engines[1].open(model) as generate:
-                completions = self.engines[1].complete(generate, rows, seed_of, limit, desc=None).to_pylist()
+                given = generate, rows, seed_of, limit, args.temperature
+                completions = self.engines[1].complete(*given, desc=None).to_pylist()
             pairs = [game.rules.make_pair(*row, 0, held_out=False) for row in zip(rows, completions, strict=True)]
             processes.on_main(weigh, game, "train", pairs)  # what fails does so before anything is generated
             pairs = Dataset.from_list(pairs, features=PAIR_FEATURES)
@@ -160,7 +161,8 @@ class PreflightCallback(TrainerCallback):
         with engine.open(self.trainer.model_wrapped) as generate:
             for num_tokens in (1, limit):
                 start = time.perf_counter()
-                steps = max(map(len, generate(prompts, list(range(len(prompts))), num_tokens) or [[]]))
+                completions = generate(prompts, list(range(len(prompts))), num_tokens, args.temperature)
+                steps = max(map(len, completions or [[]]))
                 clock.append(time.perf_counter() - start)
         return max(0, clock[1] - clock[0]) / len(prompts) / max(1, steps - 1)
 

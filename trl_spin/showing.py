@@ -112,7 +112,7 @@ class ProbeCallback(TrainerCallback):
             rows = dataset.all_rows.select(range(min(args.num_probes, len(dataset))))
             seed_of = partial(row_seed, args.seed, -1, f"{dataset.name} probes")
             with self.engine.open(self.trainer.model_wrapped) as generate:
-                given = Columns(rows), seed_of, args.max_completion_length, "Probes"
+                given = Columns(rows), seed_of, args.max_completion_length, args.temperature_of("probes"), "Probes"
                 completions = self.engine.complete(generate, *given).to_pydict()
             data, read_prompt = self.game.sources[dataset.name]
             probes = pandas.DataFrame({"row": rows["row"][:], "truncated": completions["truncated"]})

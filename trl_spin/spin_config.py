@@ -118,8 +118,8 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             `1e-5` where an adapter is trained, which such small steps would leave as it is.
         beta (`list[float]`, *optional*, defaults to `[1.0]`):
             λ of the SPIN paper (Equation 4.7). Higher λ means a smaller step away from the opponent: trained to its
-            end, an iteration lands on the data at `1.0`, and overshoots below `0.5`. A list gives one value per
-            iteration; its last value is used for all further iterations.
+            end, an iteration lands on the data at `1.0`, and overshoots below `0.5` (with another `temperature` T,
+            below 1/(2T)). A list gives one value per iteration; its last value is used for all further iterations.
         opponent_history (`int`, *optional*, defaults to `0`):
             Number h of earlier opponents whose completions stay in play. With h > 0, each prompt is paired in turn,
             from one pass to the next, with the completions of the newest opponent and of the h before it, all scored
@@ -199,8 +199,12 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         max_completion_length (`int`, *optional*, defaults to `512`):
             Maximum number of tokens of a generated completion.
         temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature for sampling. `1.0` samples from the opponent's own distribution, which the theory needs; `0.0`
-            decodes greedily.
+            Temperature T for sampling. `1.0` samples from the opponent's own distribution; `0.0` decodes greedily.
+            Against opponents decoded at T, the game comes to rest where the model decoded at T is the data, and it
+            does so for λ > 1/(2T): at `0.0`, it never does.
+        eval_temperature (`float`, *optional*):
+            Temperature at which held-out prompts, and those of the probes, are completed, so that what is measured is
+            the decoder that will be deployed. Defaults to `temperature`.
         generation_kwargs (`dict[str, Any]`, *optional*):
             Additional keyword arguments for [`~transformers.GenerationConfig`], such as `suppress_tokens`. With
             `use_vllm`, for vLLM's `SamplingParams`, such as `frequency_penalty`.
@@ -314,6 +318,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
 
     # Parameters that control generation
     max_completion_length: int = 512
+    eval_temperature: float | None = None
     generation_token_budget: int | None = None
     truncated_completions: Literal["keep", "drop", "cut_real"] = "keep"
     play_empty_completions: bool = False
@@ -405,6 +410,10 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     def keeps_start(self) -> bool:
         """Whether the model that self-play starts from is kept as well."""
         return self.load_best_iteration_at_end or self.step_size_search is not None
+
+    def temperature_of(self, name: str) -> float:
+        """Temperature at which prompts of a dataset are completed."""
+        return self.temperature if name == "train" or self.eval_temperature is None else self.eval_temperature
 
     def to_dict(self) -> dict[str, Any]:
         """Without secrets: this is what trackers, and the files of a run, are given."""

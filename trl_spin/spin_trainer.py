@@ -172,6 +172,11 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         if optimizers[1] is not None and isinstance(args.learning_rate, list):
             what = f"`learning_rate={args.learning_rate}` is for each iteration, the scheduler in `optimizers` for all"
             raise ValueError(f"{what}: give one of them.")
+        is_logistic = objective is None and args.loss_type == ["sigmoid"]
+        if is_logistic and min(args.per_iteration("beta")) * args.temperature <= 0.5:
+            what = f"`beta` ({args.beta}) times `temperature` ({args.temperature:g}) is 1/2 or less"
+            remedy = "Raise them, or keep the learning rate small"
+            logger.warning(f"{what}: an iteration that is trained to its end overshoots the data. {remedy}.")
         eval_dataset, self._rows = hold_out(train_dataset, eval_dataset, args, compute_completion_metrics is not None)
         engine_class = chosen_engine(args)
         engine_class.check(args, model)

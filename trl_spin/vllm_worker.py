@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 def main(connection: Connection):
     """
     Is sent vLLM's options, those of sampling, and the folder of an adapter or `None`; and then prompts, a seed for
-    each, the longest completion, and whether log-probs are asked for. Sends back `None` when the model is loaded; and
+    each, the longest completion, the temperature, and whether log-probs are asked for. Sends back `None` when the model is loaded; and
     then, for each prompt, the ids of its completion and their summed log-prob or `None`. Whatever goes wrong is sent
     back as text.
     """
@@ -39,8 +39,8 @@ def main(connection: Connection):
             llm.llm_engine.add_lora(adapter)
         connection.send(None)
         while True:
-            prompts, seeds, max_tokens, with_logps = connection.recv()
-            sampling |= {"max_tokens": max_tokens, "logprobs": 0 if with_logps else None}
+            prompts, seeds, max_tokens, temperature, with_logps = connection.recv()
+            sampling |= {"max_tokens": max_tokens, "temperature": temperature, "logprobs": 0 if with_logps else None}
             parameters = [SamplingParams(**sampling, seed=seed) for seed in seeds]
             prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
             completions = []

@@ -40,9 +40,9 @@ from ..run.processes import Processes
 # only between batches are completions committed and signals heard
 LARGE_BATCH = 4096
 
-# Prompts, their seeds, and the number of tokens to generate at most -> generated ids; `None` if a signal cut them
-# short
-Complete = Callable[[list[list[int]], list[int], int], list[list[int]] | None]
+# Prompts, their seeds, the number of tokens to generate at most, and the temperature -> generated ids; `None` if a signal
+# cut them short
+Complete = Callable[[list[list[int]], list[int], int, float], list[list[int]] | None]
 
 
 def grpo_options(names: str) -> type:
@@ -111,6 +111,7 @@ class Engine:
         rows: Columns,
         seed_of: Callable[[int], int],
         max_new_tokens: int,
+        temperature: float,
         desc: str | None,
         commit: Callable[[pyarrow.Table], None] | None = None,
         done: np.ndarray | None = None,
@@ -127,6 +128,8 @@ class Engine:
                 Seed of a row, by its `row`.
             max_new_tokens (`int`):
                 Longest completion, in tokens, where `max_length` does not end it before.
+            temperature (`float`):
+                Temperature for sampling.
             desc (`str`, *optional*):
                 Title of the progress bar, if there should be one.
             commit (`Callable`, *optional*):
@@ -144,7 +147,7 @@ class Engine:
 
         def complete_batch(batch: np.ndarray) -> pyarrow.Table | None:
             prompts, seeds = zip(*((rows[i]["prompt_ids"], seed_of(rows[i]["row"])) for i in batch), strict=True)
-            generated = generate(list(prompts), list(seeds), int(limits[batch].max()))
+            generated = generate(list(prompts), list(seeds), int(limits[batch].max()), temperature)
             if generated is None:
                 return None
             of_row = zip(generated, limits[batch].tolist(), strict=True)

@@ -86,15 +86,15 @@ class SampleByRow(LogitsProcessor):
         return scores - exponential.log_()
 
 
-def sampling_processors(args: Any, seeds: list[int], device: torch.device) -> LogitsProcessorList:
+def sampling_processors(args: Any, temperature: float, seeds: list[int], device: torch.device) -> LogitsProcessorList:
     """
     Logits processors that sample with the given options, in the order in which `generate` applies them, one seed per
     row of the batch; none if `temperature` is 0.
     """
-    if args.temperature == 0:
+    if temperature == 0:
         return LogitsProcessorList()
     processors = [
-        args.temperature != 1 and TemperatureLogitsWarper(args.temperature),
+        temperature != 1 and TemperatureLogitsWarper(temperature),
         args.top_k and TopKLogitsWarper(args.top_k),
         args.top_p < 1 and TopPLogitsWarper(args.top_p),
         args.min_p is not None and MinPLogitsWarper(args.min_p),
@@ -140,7 +140,9 @@ class Generate(Engine):
         with ready_to_generate(model, self.accelerator) as unwrapped_model, self.accelerator.autocast():
 
             @torch.no_grad()
-            def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]] | None:
+            def complete(
+                prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
+            ) -> list[list[int]] | None:
                 device = unwrapped_model.device
                 ids = pad([torch.tensor(prompt) for prompt in prompts], pad_token_id, padding_side="left")
                 mask = pad([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], padding_side="left")
@@ -149,7 +151,7 @@ class Generate(Engine):
                         input_ids=ids.to(device),
                         attention_mask=mask.to(device),
                         generation_config=GenerationConfig(**options | {"max_new_tokens": max_new_tokens}),
-                        logits_processor=sampling_processors(args, seeds, device),
+                        logits_processor=sampling_processors(args, temperature, seeds, device),
                         stopping_criteria=StoppingCriteriaList([stopped]),
                     )
                 return None if stop.signum else sequences[:, ids.size(1) :].tolist()

@@ -121,14 +121,16 @@ class VLLM(Engine):
                 self.accelerator.wait_for_everyone()  # all have loaded it
                 processes.on_main(shutil.rmtree, folder)
 
-            def complete(prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[list[int]] | None:
+            def complete(
+                prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
+            ) -> list[list[int]] | None:
                 nonlocal compared
                 if size == 1:
-                    completions = worker.ask(prompts, seeds, max_new_tokens, not compared)
+                    completions = worker.ask(prompts, seeds, max_new_tokens, temperature, not compared)
                 else:
                     shares = gather_object([(prompts, seeds, max_new_tokens)])[first : first + size]
                     all_prompts, all_seeds, limits = zip(*shares, strict=True)
-                    request = sum(all_prompts, []), sum(all_seeds, []), max(limits), not compared
+                    request = sum(all_prompts, []), sum(all_seeds, []), max(limits), temperature, not compared
                     completions = gather_object([worker and worker.ask(*request)])[first]
                     start = sum(map(len, all_prompts[: rank - first]))
                     completions = completions and completions[start : start + len(prompts)]
@@ -157,7 +159,7 @@ class VLLM(Engine):
             options |= {"model": model.get_base_model().name_or_path, "enable_lora": True}
             options["revision"] = (args.model_init_kwargs or {}).get("revision")
             options["max_lora_rank"] = next((known for known in _MAX_LORA_RANKS if known >= rank), rank)
-        sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
+        sampling = {name: getattr(args, name) for name in ("top_p", "top_k", "repetition_penalty")}
         # A completion ends at our end tokens and nowhere else, whatever the model's own config says
         sampling |= {"min_p": args.min_p or 0.0, "ignore_eos": True, "stop_token_ids": rules.end_token_ids}
         sampling |= {"detokenize": False} | (args.generation_kwargs or {})
