@@ -29,6 +29,7 @@ import torch
 import tqdm.std
 from conftest import Scripted, logp, make_dataset, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import ProgressCallback, TrainerCallback
 
@@ -197,10 +198,28 @@ def test_rows_are_held_out_by_an_option(tmp_path):
         make_trainer(tmp_path / "both", dataset=dataset, held_out_size=2, eval_dataset=dataset)
 
 
-@pytest.mark.parametrize("option", ["early_stopping", "load_best_iteration_at_end"])
-def test_choosing_needs_held_out_prompts(tmp_path, option):
-    with pytest.raises(ValueError, match=f"`{option}=True` needs held-out prompts"):
-        make_trainer(tmp_path, **{option: True})
+@pytest.mark.parametrize(
+    "option, value", [("early_stopping", True), ("load_best_iteration_at_end", True), ("step_size_search", [0.5])]
+)
+def test_choosing_needs_held_out_prompts(tmp_path, option, value):
+    with pytest.raises(ValueError, match=f"`{option}={re.escape(str(value))}` needs held-out prompts"):
+        make_trainer(tmp_path, **{option: value})
+
+
+def test_held_out_prompts_are_completed_as_the_model_will_be_deployed(tmp_path, caplog):
+    options, games, probes = {"num_self_play_iterations": 1, "eval_dataset": make_dataset(5)}, {}, {}
+    kinds = {"sampled": {}, "greedy": {"temperature": 0.0}, "both": {"eval_temperature": 0.0, "beta": 0.5}}
+    for kind, more in kinds.items():
+        caplog.clear()
+        make_trainer(tmp_path / kind, **options, **more).train()
+        # Where the game does not settle
+        assert ("`temperature` (1) is 1/2 or less" in caplog.text) == (kind == "both")
+        assert ("`temperature` (0) is 1/2 or less" in caplog.text) == (kind == "greedy")
+        games[kind] = {name: pairs["generated_ids"][:] for name, pairs in load_game(str(tmp_path / kind), 0).items()}
+        probes[kind] = json.loads((tmp_path / kind / "self_play/iteration-0/probes.json").read_text())["probes"]
+    assert games["both"] == {"train": games["sampled"]["train"], "eval": games["greedy"]["eval"]}
+    assert games["sampled"]["eval"] != games["greedy"]["eval"]
+    assert probes["both"] == probes["greedy"] != probes["sampled"]
 
 
 def test_numbers_of_the_user_are_those_of_each_model(tmp_path):
@@ -315,6 +334,55 @@ def test_the_game_ends_when_an_iteration_hurts_and_returns_to_the_best_model(tmp
         assert torch.equal(tensor, start[name]), name
     record = json.loads((tmp_path / "iteration-0" / "self_play.json").read_text())
     assert record["verdict"].endswith("hurt")
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_step_that_hurts_is_taken_back(tmp_path, kind):
+    options = {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if kind == "lora" else {}
+    kwargs = {
+        "eval_dataset": make_dataset(6),
+        "learning_rate": 5.0 if options else 3.0,
+        "step_size_search": [1.0],
+        **options,
+    }
+    trainer = make_trainer(tmp_path, num_self_play_iterations=1, early_stopping=True, **kwargs)
+    start = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(start[name], weight) for name, weight in trainer.model.state_dict().items())
+    record = json.loads((tmp_path / "iteration-0" / "self_play.json").read_text())
+    assert record["self_play/step_size"] == 0 and record["self_play/step_size_1"] > record["self_play/step_size_0"]
+    assert record["self_play/step_size_0"] == trainer.state.log_history[0]["eval_self_play/nll_real"]
+    assert record["eval_nll/real"] == pytest.approx(record["self_play/step_size_0"], rel=1e-6)
+    assert record["verdict"].endswith("helped")  # it did not hurt
+
+
+@pytest.mark.parametrize("metric", ["eval_nll/real", "eval_completions/short"])
+def test_an_iteration_goes_as_far_as_held_out_data_says(tmp_path, metric):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    def short(prompts, completions, real):
+        return {"short": -sum(len(message["content"]) for [message] in completions)}
+
+    kwargs = {"eval_dataset": make_dataset(6), "learning_rate": 0.01, "step_size_search": [0.5, 1.5]}
+    kwargs |= {"metric_for_best_iteration": metric, "compute_completion_metrics": short, "save_strategy": "steps"}
+    straight = make_trainer(tmp_path / "straight", save_steps=1, **kwargs)
+    straight.train()
+    make_trainer(tmp_path / "run", save_steps=1, callbacks=[Stop()], **kwargs).train()
+    resumed = make_trainer(tmp_path / "run", save_steps=1, **kwargs)
+    resumed.train(resume_from_checkpoint=True)
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, straight.model.state_dict()[name]), name
+    sign = 1 if metric == "eval_nll/real" else -1
+    for iteration in range(2):
+        record = json.loads((tmp_path / "run" / f"iteration-{iteration}" / "self_play.json").read_text())
+        tried = {size: record[f"self_play/step_size_{size}"] for size in ("0", "0.5", "1", "1.5")}
+        best = min(tried.values(), key=lambda number: sign * number)
+        assert tried[f"{record['self_play/step_size']:g}"] == best
+        assert record[metric] == pytest.approx(best, rel=1e-6) and len({*tried.values()}) > 1
+        assert record["self_play/step_size"] == 1 or tried["1"] != best  # of equals, what was trained
+    assert not [*tmp_path.glob("*/self_play/*/completions-*")]
 
 
 def test_a_game_that_has_ended_does_not_go_on_when_it_is_resumed(tmp_path):

@@ -115,11 +115,12 @@ def test_a_run_with_vllm(tmp_path, log, adapter, monkeypatch):
 
 def test_completions_are_those_of_the_opponent(tmp_path):
     """The same as with `generate`, where nothing is sampled; and vLLM's own log-probs, where something is."""
-    options = {"temperature": 0.0, "num_self_play_iterations": 1}
+    options = {"eval_temperature": 0.0, "num_self_play_iterations": 1, "eval_dataset": make_dataset()}
     make_trainer(tmp_path / "plain", model=tiny_model(), **options).train()
     vllm_trainer(tmp_path, **options).train()
-    plain = load_game(str(tmp_path / "plain"), 0)["train"]
-    assert plain["generated_ids"][:] == generated(tmp_path, 0)
+    plain = load_game(str(tmp_path / "plain"), 0)
+    assert plain["eval"]["generated_ids"][:] == generated(tmp_path, 0, "eval")
+    assert plain["train"]["generated_ids"][:] != generated(tmp_path, 0)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_game(tmp_path, monkeypatch):
