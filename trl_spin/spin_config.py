@@ -203,8 +203,8 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             Against opponents decoded at T, the game comes to rest where the model decoded at T is the data, and it
             does so for λ > 1/(2T): at `0.0`, it never does.
         eval_temperature (`float`, *optional*):
-            Temperature at which held-out prompts, and those of the probes, are completed, so that what is measured is
-            the decoder that will be deployed. Defaults to `temperature`.
+            Temperature for held-out prompts and probes: that of the decoder that will be deployed, so that this is what
+            is measured. Defaults to `temperature`.
         generation_kwargs (`dict[str, Any]`, *optional*):
             Additional keyword arguments for [`~transformers.GenerationConfig`], such as `suppress_tokens`. With
             `use_vllm`, for vLLM's `SamplingParams`, such as `frequency_penalty`.
