@@ -327,7 +327,7 @@ def test_what_the_user_must_change_is_said_in_one_line(sft, monkeypatch):
             run(monkeypatch, command_line(sft, "run", **options))
     with pytest.raises(ValueError, match="cannot be streamed"):
         run(monkeypatch, [*command_line(sft, "run", dataset_streaming=True), "--traceback"])
-    with pytest.raises(SystemExit, match=r"trl-spin evaluate OUTPUT_DIR"):
+    with pytest.raises(SystemExit, match=r"trl-spin report OUTPUT_DIR"):
         run(monkeypatch, [])
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit, match=r"^trl-spin: error: \[rank 1\] .* cannot be streamed"):

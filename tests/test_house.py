@@ -33,7 +33,7 @@ from trl_spin.run.games import read_manifest
 # Layers, from the ground up. A module imports from the layers below its own, and from nowhere else.
 LAYERS = [
     "objectives schedule compat vllm_worker run.files run.logs run.weights report.signals report.tables",  # stand by themselves
-    "pairs layout run.processes run.games report.card evaluate",  # the game, and what is on disk
+    "pairs layout run.processes run.games report.card",  # the game, and what is on disk
     "engines.base report.reader shared_prefix_trainer",
     "engines.generate engines.vllm report.figures",
     "engines report.page",

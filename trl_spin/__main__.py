@@ -18,7 +18,6 @@ Self-play fine-tuning (SPIN) of a supervised fine-tuned model on its own SFT dat
     trl-spin --model_name_or_path MODEL --dataset_name DATA --output_dir OUTPUT_DIR [options]
     trl-spin --config RECIPE [options]
     trl-spin report OUTPUT_DIR
-    trl-spin evaluate OUTPUT_DIR [--tasks TASK ...]
     trl-spin generate --iteration T --shard I/N [options of the run]
 
 --help       describes the options that matter most
@@ -44,7 +43,7 @@ from yaml import YAMLError
 
 
 # Other commands than a run, each the `main` of a module
-COMMANDS = {"report": ".report.page", "evaluate": ".evaluate"}
+COMMANDS = {"report": ".report.page"}
 RECIPES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 __doc__ += "\nRecipes, each described at its head:\n"
 __doc__ += "".join(f"  {name:16} {Path(path).read_text().splitlines()[0][2:]}\n" for name, path in RECIPES.items())

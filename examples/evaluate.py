@@ -13,9 +13,12 @@
 # limitations under the License.
 
 """
-`trl-spin evaluate`: the model of each iteration on tasks of lm-evaluation-harness, in one table. The default tasks are
-those of the SPIN paper: the first Open LLM Leaderboard, with its numbers of shots. The harness has changed since the
-leaderboard was closed, so compare the rows of this table with each other, not with numbers from elsewhere.
+The model of each iteration on tasks of lm-evaluation-harness, in one table. The default tasks are those of the SPIN
+paper: the first Open LLM Leaderboard, with its numbers of shots. The harness has changed since the leaderboard was
+closed, so compare the rows of this table with each other, not with numbers from elsewhere.
+
+    pip install trl-spin[eval]
+    python examples/evaluate.py OUTPUT_DIR [--tasks TASK ...]
 """
 
 import argparse
@@ -24,9 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tqdm.auto import tqdm
 
-from .run.files import MANIFEST, game_dir, read_json
+from trl_spin.run.files import MANIFEST, game_dir, read_json
 
 
 # Names as of lm-evaluation-harness 0.4, and numbers of shots
@@ -69,9 +75,8 @@ def make_table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(arguments: list[str]):
-    """The `trl-spin evaluate` command, given the command line after `evaluate`."""
-    parser = argparse.ArgumentParser(prog="trl-spin evaluate", description=__doc__)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path, help="Output directory of a run: its `iteration-*` are evaluated.")
     parser.add_argument("--base_model", help="Model of the first row. Default: the one that self-play started from.")
     parser.add_argument("--tasks", nargs="+", default=list(LEADERBOARD), metavar="TASK", help="Tasks of the harness.")
@@ -82,13 +87,7 @@ def main(arguments: list[str]):
     parser.add_argument("--batch_size", default="auto", help="Batch size, or `auto`.")
     parser.add_argument("--device", help="For example `cuda:0` or `cpu`. Default: the harness chooses.")
     parser.add_argument("--dtype", default="auto", help="For example `bfloat16`. Default: as saved.")
-    options = parser.parse_args(arguments)
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"`trl-spin evaluate` needs `pip install trl-spin[eval]` ({error}).") from error
+    options = parser.parse_args()
     models, results = find_models(options.output_dir, options.base_model), {}
     shots = LEADERBOARD if options.num_fewshot is None else dict.fromkeys(options.tasks, options.num_fewshot)
     same = {"limit": options.limit, "apply_chat_template": options.apply_chat_template, "log_samples": False}
@@ -102,3 +101,7 @@ def main(arguments: list[str]):
         (options.output_dir / "evaluation.json").write_text(json.dumps(results, indent=2, default=str))
         (options.output_dir / "evaluation.md").write_text(make_table(results) + "\n")
     tqdm.write(make_table(results))
+
+
+if __name__ == "__main__":
+    main()
