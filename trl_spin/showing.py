@@ -35,6 +35,10 @@ from .run.processes import Processes
 from .spin_config import SPINConfig
 
 
+# Newest models that a terminal has room for
+_NEWEST = 4
+
+
 class CompletionsCallback(TrainerCallback):
     """Logs all completions of an iteration as text: `log_completions`."""
 
@@ -125,12 +129,14 @@ class ProbeCallback(TrainerCallback):
 
     def _show(self, args: SPINConfig, iteration: int):
         if iteration:
-            # One column per model: there are fewer of them than numbers
-            columns = [list(column) for column in zip(*self.table(iteration - 1), strict=True)]
+            # One column per model, if there are not too many: the first, the best and the newest
+            titles, start, *models = self.table(iteration - 1)
+            models[:-_NEWEST] = [model for model in models[:-_NEWEST] if "best" in model[0]]
+            columns = [list(column) for column in zip(titles, start, *models, strict=True)]
             show_table("Self-play so far", columns, justify="right")
         if not args.num_probes:
             return
-        models = {"start": 0} | {f"iteration {t}": t + 1 for t in range(iteration)}
+        models = {"start": 0} | {f"iteration {t}": t + 1 for t in range(max(0, iteration - _NEWEST), iteration)}
         probes = {m: read_intact(game_dir(args.output_dir, t) / PROBES, "Not shown.") for m, t in models.items()}
         probes = {model: {p["row"]: p for p in found["probes"]} for model, found in probes.items() if found}
         for row, newest in list(probes.values())[-1].items():
