@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl_spin import SelfPlayCallback, SPINTrainer, memory
 from trl_spin.iterations import BestMetric
 from trl_spin.run.checkpoints import save_model
-from trl_spin.run.games import load_game, read_manifest
+from trl_spin.run.games import load_game, read_manifest, read_sft
 from trl_spin.run.weights import weights_fingerprint
 
 
@@ -107,7 +107,7 @@ def assert_same_game(one: Path, two: Path, iteration: int) -> dict[str, Dataset]
 @pytest.mark.parametrize("kind", ["full", "lora", "vllm"])
 def test_two_processes_play_the_same_game_as_one(tmp_path, kind, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("stand_in")), prepend=os.pathsep)  # for vLLM
-    play(tmp_path / "one", kind, batch_size=4)
+    play(tmp_path / "one", kind, batch_size=4, compare_sft=[1e-2] if kind in BEST else None)
     run("torch.distributed.run --standalone --nproc_per_node 2", tmp_path / "two", kind, ACCELERATE_USE_CPU="true")
     first, second = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2))
     assert first == second
@@ -123,6 +123,10 @@ def test_two_processes_play_the_same_game_as_one(tmp_path, kind, monkeypatch):
         assert all(played) if kind != "full" else 0 < sum(played) < len(played)
     one, two = (trained(tmp_path / run) for run in ("one", "two"))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
+    if kind in BEST:
+        [one], [two] = (read_sft(tmp_path / run, 1) for run in ("one", "two"))
+        assert one["eval_nll/real"] == pytest.approx(two.pop("eval_nll/real"), abs=1e-3)
+        assert two.items() <= one.items()
 
 
 # ---- Models that are spread over the processes ----
@@ -249,6 +253,7 @@ if __name__ == "__main__":
         if kind == "lora":  # one of the processes has little memory, and both must do as it needs
             memory.available_memory = lambda device: 1e6 if os.environ["RANK"] == "1" else 1e12
             options = {"gradient_checkpointing": None, "generation_token_budget": None}
+        options["compare_sft"] = [1e-2] if kind in BEST else None
         trainer = play(name, kind, batch_size=2, **options)
         engine = callback_of(trainer, SelfPlayCallback).engine
         result = trainer.model.is_gradient_checkpointing, engine.token_budget

@@ -42,7 +42,7 @@ LAYERS = [
     "generation run.resume",  # stages
     "callbacks preflight showing",  # who calls the stages, and when
     "iterations",
-    "step_size",
+    "step_size compare_sft",
     "spin_trainer",
     "trl_spin",
     "__main__",

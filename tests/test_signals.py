@@ -19,6 +19,7 @@ import itertools
 import json
 import random
 import re
+import signal
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,20 +28,23 @@ import pandas
 import pytest
 import torch
 import tqdm.std
-from conftest import Scripted, logp, make_dataset, make_model, make_tokenizer, make_trainer
+from conftest import Scripted, callback_of, load_in_4bit, logp, make_dataset, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import ProgressCallback, TrainerCallback
+from trl import SFTTrainer
 
+from trl_spin.compare_sft import CompareSFTCallback
 from trl_spin.measures import Measures
 from trl_spin.pairs import PAIR_FEATURES
 from trl_spin.report import tables
+from trl_spin.report.page import write_report
 from trl_spin.report.reader import read_run
 from trl_spin.report.signals import auc, describe_game, find_warnings, proportion_interval
 from trl_spin.report.tables import show_table
 from trl_spin.run.files import write_json
-from trl_spin.run.games import load_game
+from trl_spin.run.games import load_game, read_sft
 from trl_spin.run.weights import weights_fingerprint
 
 
@@ -199,7 +203,13 @@ def test_rows_are_held_out_by_an_option(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option, value", [("early_stopping", True), ("load_best_iteration_at_end", True), ("step_size_search", [0.5])]
+    "option, value",
+    [
+        ("early_stopping", True),
+        ("load_best_iteration_at_end", True),
+        ("step_size_search", [0.5]),
+        ("compare_sft", [1.0]),
+    ],
 )
 def test_choosing_needs_held_out_prompts(tmp_path, option, value):
     with pytest.raises(ValueError, match=f"`{option}={re.escape(str(value))}` needs held-out prompts"):
@@ -414,7 +424,7 @@ def test_a_damaged_best_model_is_named_and_not_loaded(tmp_path):
                 (tmp_path / "iteration-0" / "model.safetensors").write_bytes(b"")
 
     kwargs = {"eval_dataset": make_dataset(6), "learning_rate": [3e-3, 1.0], "load_best_iteration_at_end": True}
-    with pytest.raises(ValueError, match="iteration 0's, cannot be loaded: .*model.safetensors is damaged"):
+    with pytest.raises(ValueError, match="iteration 0 cannot be loaded: .*model.safetensors is damaged"):
         make_trainer(tmp_path, callbacks=[Damage()], **kwargs).train()
 
 
@@ -594,3 +604,80 @@ def test_what_was_logged_lies_beside_the_games(tmp_path):
     trainer.train()
     history = json.loads((tmp_path / "self_play" / "log_history.json").read_text())
     assert history == trainer.state.log_history
+
+
+# ---- SFT with the same compute ----
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_sft_with_the_same_compute_stands_beside_self_play_and_changes_nothing_of_it(tmp_path, adapter, capsys):
+    kwargs = {"eval_dataset": make_dataset(5), "num_train_epochs": [2, 1], "opponent_history": 1, "num_probes": 0}
+    kwargs |= {"compute_completion_metrics": lambda *texts: {"length": len(str(texts[1]))}, "save_strategy": "epoch"}
+    if adapter:
+        make_model(make_tokenizer(), hidden_size=64).save_pretrained(tmp_path / "start")
+        kwargs |= {"peft_config": LoraConfig(target_modules="all-linear"), "bf16": True}
+
+    def make(directory, **options):
+        model = load_in_4bit(tmp_path / "start") if adapter else None
+        return make_trainer(directory, model=model, share_prefix=adapter, **kwargs | options)
+
+    plain, run = make(tmp_path / "plain"), tmp_path / "run"
+    plain.train()
+    trainer = make(run, compare_sft=[1e-2, 1e-4])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        step, steps = SFTTrainer.training_step, itertools.count()  # the signal comes in the second arm
+
+        def training_step(arm, *args, **kwargs):
+            if arm.args.learning_rate == 1e-4 and next(steps) == 2:
+                arm.stop.signum = signal.SIGTERM
+            return step(arm, *args, **kwargs)
+
+        patch.setattr(SFTTrainer, "training_step", training_step)
+        trainer.train()
+
+    def unchanged():
+        found = weights_fingerprint(trainer.accelerator, trainer.model)
+        return found == weights_fingerprint(plain.accelerator, plain.model)
+
+    assert unchanged() and untimed(trainer.state.log_history) == untimed(plain.state.log_history)
+    [first] = read_sft(run, 1, "eval_nll/real")
+    # Twice the FLOPs of a forward pass for the backward one, half of it where weights are not trained
+    cost, forwards = 0, 2 if adapter else 3
+    for iteration, passes in enumerate((2, 1)):
+        lengths = [
+            [len(pair[f"{s}_ids"]) for s in ("prompt", "real", "generated")]
+            for pair in load_game(str(run), iteration)["train"]
+        ]
+        computed = [(1 if adapter else 2) * prompt + real + generated for prompt, real, generated in lengths]
+        cost += sum(prompt + generated for prompt, _, generated in lengths[:12]) + sum(computed)
+        cost += forwards * passes * sum(computed) / (iteration + 1)
+    tokens = sum(prompt + real for prompt, real, _ in lengths[:12])
+    assert first["num_train_epochs"] == pytest.approx(cost / forwards / tokens, abs=0.01)
+    assert first["steps"] == round(3 * cost / forwards / tokens)
+    for _ in range(2):  # the second time, there is nothing left to do
+        capsys.readouterr()
+        trainer = make(run, compare_sft=[1e-2, 1e-4])
+        trainer.train(resume_from_checkpoint=True)
+        assert unchanged()
+    assert "SFT with the compute" not in capsys.readouterr().out
+    arms = read_sft(run, 1, "eval_nll/real")
+    assert arms[0] == first and arms[1]["eval_completions/length"] > 0
+    start = trainer.best_iteration.best_metric.values(1)[-1]
+    assert arms[0]["eval_nll/real"] < arms[1]["eval_nll/real"] < start and arms[0]["chosen"] > arms[1]["chosen"]
+    for text in ((run / "README.md").read_text(), write_report(run).read_text()):
+        assert "SFT, same compute, 0.01 (chosen)" in text and "SFT, same compute, 0.0001<" in text.replace(" |", "<")
+    assert (
+        not {path.name for path in run.iterdir()} - {path.name for path in (tmp_path / "plain").iterdir()} - {"report"}
+    )
+    # Measured as iterations are, on the rows that they were played on
+    callback = callback_of(trainer, CompareSFTCallback)
+    record = json.loads((run / "iteration-1" / "self_play.json").read_text())
+    assert callback.measure(1)["eval_nll/real"] == pytest.approx(
+        record["eval_nll/real"], rel=1e-2 if adapter else 1e-5
+    )
+    row, pair = callback.count_passes(1)[0][3], load_game(str(run), 0)["train"][3]
+    assert row["input_ids"] == pair["prompt_ids"] + pair["real_ids"]
+    assert [label for label in row["labels"] if label != -100] == pair["real_ids"]
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="does not work with DeepSpeed and FSDP"):
+        CompareSFTCallback(trainer.self_play, trainer.best_iteration)

@@ -141,7 +141,7 @@ TAKEN = {  # which of the numbers from -1 to 1.5 an option takes
     "0 0.5 1 1.5": "sft_weight temperature eval_temperature step_size_search",
     "0 0.5 1": "min_p",
     "0.5 1": "top_p",
-    "0.5 1 1.5": "learning_rate beta space_mu loss_weights initial_loss_tolerance repetition_penalty",
+    "0.5 1 1.5": "learning_rate beta space_mu loss_weights initial_loss_tolerance repetition_penalty compare_sft",
 }
 
 

@@ -33,7 +33,7 @@ from .pairs import Game
 from .report.tables import iteration_rows
 from .run.checkpoints import keep_model, load_model
 from .run.files import MANIFEST, RECORD, RECORDED_OPTIONS, find_fault, game_dir, model_dir, write_json
-from .run.games import read_manifest, read_models, remove_completions
+from .run.games import read_manifest, read_models, read_sft, remove_completions
 from .run.logs import logger
 from .run.processes import Processes
 from .run.weights import check_finite_weights
@@ -131,9 +131,10 @@ class BestMetric:
         return (max if self.greater_is_better else min)(values, key=values.get) if last in values else None
 
     def table(self, last: int) -> list[list[str]]:
-        """A table of the models up to that of an iteration, the best one marked."""
+        """A table of the models up to that of an iteration, the best one marked, and of SFT with the same compute."""
         models = read_models(self.output_dir, last)
-        return iteration_rows(models, self.find_best(models[-1]["iteration"]))
+        last = models[-1]["iteration"]
+        return iteration_rows(models + read_sft(self.output_dir, last, self.name), self.find_best(last))
 
 
 class BestIterationCallback(TrainerCallback):
@@ -163,6 +164,13 @@ class BestIterationCallback(TrainerCallback):
         if self.fault_of(-1):
             keep_model(self.trainer, self.game, self.processes, -1)
 
+    def load(self, iteration: int, option: str):
+        """Returns to the model that an iteration made, or to the one that self-play started from (-1)."""
+        if fault := self.fault_of(iteration):
+            remedy = f"Restore it, or resume without `{option}`."
+            raise ValueError(f"The model of iteration {iteration} cannot be loaded: {fault}. {remedy}")
+        load_model(self.trainer, model_dir(self.trainer.args.output_dir, iteration))
+
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if state.global_step == 0 and any(getattr(args, name) for name in OPTIONS["held_out"]):
             self.processes.on_main(self.best_metric.check)  # before anything is trained
@@ -177,10 +185,7 @@ class BestIterationCallback(TrainerCallback):
             return
         best = self.processes.on_main(self.best_metric.find_best, last)
         if args.load_best_iteration_at_end and best is not None:
-            if fault := self.fault_of(best):
-                remedy = "Restore it, or resume without `load_best_iteration_at_end`."
-                raise ValueError(f"The best model, iteration {best}'s, cannot be loaded: {fault}. {remedy}")
-            load_model(self.trainer, model_dir(args.output_dir, best))
+            self.load(best, "load_best_iteration_at_end")
             self.trainer.log({"self_play/best_iteration": best})
 
     def show_end(self, saved: str | None = None):
@@ -198,6 +203,7 @@ class BestIterationCallback(TrainerCallback):
             facts = {"args": args, "saved": saved, "report": Path(args.output_dir, "report", "report.html")}
             facts |= {"metric": self.best_metric.name, "values": self.best_metric.values(last)}
             facts |= {"base_model": self.game.base_model, "dir": partial(model_dir, args.output_dir)}
+            facts["sft"] = read_sft(args.output_dir, last, self.best_metric.name)
             tqdm.write(template.render(facts, last=last, best=best))
 
 

@@ -147,6 +147,11 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             + s(θ_{t+1} − θ_t), between the one it began with and the one it made, and beyond, the best by
             `metric_for_best_iteration` stays. So a run cannot end worse than it began by that number. It costs one
             measurement for each, and no run with DeepSpeed or FSDP can have it.
+        compare_sft (`list[float]`, *optional*):
+            Learning rates, such as `[2e-6, 1e-5, 5e-5]`. If set, the run ends by showing what SFT does instead: the
+            model that self-play started from is trained by [`~trl.SFTTrainer`] on the same rows for as many FLOPs as
+            self-play took, generation and scoring included, once with each rate. Tables and report have these models
+            beside those of the iterations. It needs held-out prompts. Not with DeepSpeed or FSDP.
         share_prefix (`bool`, *optional*, defaults to `True`):
             Whether the two completions of a pair go through the model in one row, so that their prompt is computed
             once. Results are the same up to rounding. Models for which they are not are detected at the start and keep
@@ -301,6 +306,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     load_best_iteration_at_end: bool = False
     metric_for_best_iteration: str = "eval_nll/real"
     step_size_search: list[float] | None = None
+    compare_sft: list[float] | None = None
     share_prefix: bool = True
     dry_run: bool = False
 
@@ -409,7 +415,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     @property
     def keeps_start(self) -> bool:
         """Whether the model that self-play starts from is kept as well."""
-        return self.load_best_iteration_at_end or self.step_size_search is not None
+        return bool(self.load_best_iteration_at_end or self.step_size_search or self.compare_sft)
 
     def temperature_of(self, name: str) -> float:
         """Temperature at which prompts of a dataset are completed."""

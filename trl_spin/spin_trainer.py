@@ -33,6 +33,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .callbacks import SelfPlayCallback
+from .compare_sft import CompareSFTCallback
 from .compat import check_forward, no_model_hash, prepare_model, replaced
 from .data import RowReader, hold_out
 from .engines import Generate, chosen_engine
@@ -228,6 +229,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         if args.log_completions:
             self.add_callback(CompletionsCallback(game, processes))
         self.add_callback(ExamplesCallback(self, game, processes))
+        if args.compare_sft:
+            self.add_callback(CompareSFTCallback(self_play, self.best_iteration))
         self.add_callback(ProbeCallback(self, game, processes, probe_engine, best_metric.table))
         self.add_callback(self.best_iteration)
         self.add_callback(ReportCallback(game, processes))
@@ -421,6 +424,13 @@ class SPINTrainer(SharedPrefixDPOTrainer):
 
     def _get_output_dir(self, trial):
         return self.checkpoints.staging or super()._get_output_dir(trial)
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes[name]:  # adapters in bfloat16 come back in float32 (peft 0.21)
+                parameter.data = parameter.data.to(dtypes[name])
 
     def _save_checkpoint(self, model, trial):
         check_finite_weights(self.accelerator, self.model, self.state.global_step, self.game.iteration)

@@ -41,7 +41,7 @@ def iteration_rows(models: list[dict[str, Any]], best: int | None = None) -> lis
             columns[" ".join([title, *names])] = match.string, form
     rows = [["iteration", *columns]]
     for model in models:
-        name = "start" if model["iteration"] < 0 else str(model["iteration"])
+        name = "start" if model["iteration"] == -1 else str(model["iteration"])
         cells = (f"{model[key]:{form}}" if key in model else "" for key, form in columns.values())
         rows.append([name + " (best)" * (model["iteration"] == best), *cells])
     return rows

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 5
 # In `self_play/iteration-<t>` (the first also beside each model), in `self_play`, and in `iteration-<t>`
 MANIFEST, PROBES, EXAMPLES = "manifest.json", "probes.json", "examples.json"
-HISTORY, SETTINGS = "log_history.json", "run.json"
+HISTORY, SETTINGS, SFT = "log_history.json", "run.json", "sft.json"
 RECORD = "self_play.json"
 # Options of an iteration that stand in its record
 RECORDED_OPTIONS = ("beta", "learning_rate", "num_train_epochs")

@@ -17,6 +17,7 @@
 import glob
 import hashlib
 import json
+import math
 import shutil
 import uuid
 from collections import defaultdict
@@ -30,7 +31,7 @@ import numpy as np
 import pyarrow
 from datasets import Dataset, concatenate_datasets
 
-from .files import MANIFEST, atomic_open, checksums, find_fault, game_dir, read_intact, read_records, write_json
+from .files import MANIFEST, SFT, atomic_open, checksums, find_fault, game_dir, read_intact, read_records, write_json
 from .logs import logger
 
 
@@ -171,6 +172,20 @@ def read_models(output_dir: str, last: int) -> list[dict[str, Any]]:
         # In its record, these are of the game in which it was the player
         models.append(game | {key: value for key, value in record.items() if "self_play/" not in key})
     return models
+
+
+def read_sft(output_dir: str | Path, last: int, metric: str = "") -> list[dict[str, Any]]:
+    """The models of `compare_sft`, with the compute up to an iteration, as those above, the best by a metric chosen."""
+    content = read_intact(Path(output_dir) / "self_play" / SFT, "Until then, SFT is missing in tables.") or {
+        "arms": []
+    }
+    arms = [arm for arm in content["arms"] if arm["last"] == last]
+    values = [arm[metric] for arm in arms if metric in arm]
+    best = (max if "completions/" in metric else min)(values, default=math.nan)
+    for arm in arms:
+        arm["chosen"] = arm.get(metric) == best
+        arm["iteration"] = f"SFT, same compute, {arm['learning_rate']:g}" + " (chosen)" * arm["chosen"]
+    return arms
 
 
 def find_stored(output_dir: str, request: Request) -> dict[str, float] | None:
