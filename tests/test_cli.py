@@ -110,6 +110,13 @@ def test_python_command_and_accelerate_launch_give_the_same_run(sft, monkeypatch
     assert "`data.jsonl`, 12 prompts" in (sft / "command" / "README.md").read_text()
 
 
+def test_probe_from_the_command_line(sft, monkeypatch, capsys):
+    run(monkeypatch, ["probe", *command_line(sft, "probe", use_peft=True, load_in_4bit=True), "--num_prompts", "5"])
+    out = capsys.readouterr().out
+    assert "Self-play probe: 5 training prompts" in out and "\nVerdict\n- " in out
+    assert not [*(sft / "probe").iterdir()]
+
+
 def killed_worker(arguments):
     """A worker that dies as soon as a part of its share is on disk."""
 

@@ -40,7 +40,7 @@ LAYERS = [
     "spin_config",  # every option: those of the engines, and its own
     "data memory measures run.checkpoints sources",
     "generation run.resume",  # stages
-    "callbacks preflight showing",  # who calls the stages, and when
+    "callbacks preflight probing showing",  # who calls the stages, and when
     "iterations",
     "step_size compare_sft",
     "spin_trainer",

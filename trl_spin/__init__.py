@@ -23,6 +23,7 @@ except PackageNotFoundError:
 
 if TYPE_CHECKING:
     from .callbacks import SelfPlayCallback
+    from .probing import probe
     from .shared_prefix_trainer import SharedPrefixDPOTrainer
     from .spin_config import SPINConfig
     from .spin_trainer import SPINTrainer
@@ -32,9 +33,10 @@ _MODULES = {
     "SPINTrainer": "spin_trainer",
     "SelfPlayCallback": "callbacks",
     "SharedPrefixDPOTrainer": "shared_prefix_trainer",
+    "probe": "probing",
 }
 
-__all__ = ["SPINConfig", "SPINTrainer", "SelfPlayCallback", "SharedPrefixDPOTrainer"]
+__all__ = ["SPINConfig", "SPINTrainer", "SelfPlayCallback", "SharedPrefixDPOTrainer", "probe"]
 
 
 def __getattr__(name: str):

@@ -17,6 +17,7 @@ Self-play fine-tuning (SPIN) of a supervised fine-tuned model on its own SFT dat
 
     trl-spin --model_name_or_path MODEL --dataset_name DATA --output_dir OUTPUT_DIR [options]
     trl-spin --config RECIPE [options]
+    trl-spin probe [--num_prompts N] [options of the run]
     trl-spin report OUTPUT_DIR
     trl-spin generate --iteration T --shard I/N [options of the run]
 
@@ -187,6 +188,18 @@ def generate(arguments: list[str]):
     trainer.self_play.complete_share(options.iteration, (int(shard[1]), int(shard[2])))
 
 
+def probe(arguments: list[str]):
+    """`trl-spin probe`: before any training, whether self-play is worth it."""
+    from .probing import probe as probe_trainer
+
+    parser = argparse.ArgumentParser(prog="trl-spin probe", description=probe.__doc__, allow_abbrev=False)
+    parser.add_argument("--num_prompts", type=int, default=300, help="Number of prompts to complete. Default: 300.")
+    parser.error = refuse
+    parser.epilog = "All other options are those of the run: see `trl-spin --help`."
+    options, others = parser.parse_known_args(arguments)
+    probe_trainer(make_trainer(*parse(others)), options.num_prompts)
+
+
 def main():
     arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
     if not arguments:
@@ -196,8 +209,8 @@ def main():
     try:
         if arguments[0] in COMMANDS:
             import_module(COMMANDS[arguments[0]], "trl_spin").main(arguments[1:])
-        elif arguments[0] == "generate":
-            generate(arguments[1:])
+        elif arguments[0] in ("generate", "probe"):
+            {"generate": generate, "probe": probe}[arguments[0]](arguments[1:])
         elif parsed := parse(arguments):
             run(make_trainer(*parsed), parsed[0].dataset_name)
     except KeyboardInterrupt:
