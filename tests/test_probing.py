@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import trl_spin
 from trl_spin.probing import Sketch, compare, inner_product, noise_scale, tell_apart
+from trl_spin.report.signals import proportion_interval
 
 
 def gaussians(mean: torch.Tensor, num_groups: int, size: int, seed: int) -> torch.Tensor:
@@ -86,6 +87,7 @@ def test_a_probe_says_what_to_do_first(tmp_path, capsys):
     assert (
         "A shortcut wins the game: whether a completion ends" in verdict and "`max_completion_length` (4)" in verdict
     )
+    assert numbers["kept"] is None
     # The same numbers again, and a run that is none the worse for it
     assert trl_spin.probe(trainer, num_prompts=16) == numbers
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
@@ -115,6 +117,10 @@ def test_a_probe_without_held_out_rows_says_so_and_few_rows_are_refused(tmp_path
     out = " ".join(capsys.readouterr().out.split())
     assert numbers["num_prompts"] == 8 and "Nothing is held out" in out
     assert re.search(r"λ must be above 1/\(2T\) = 1.2, and is 1: raise `beta`", out)
+    trainer = make_trainer(tmp_path / "filtered", dataset=make_dataset(16))
+    trainer.game.pair_filter, trainer.game.ask = "half", lambda function, name, pairs: [i % 2 for i in range(8)]
+    numbers = trl_spin.probe(trainer)
+    assert numbers["kept"] == (0.5, *proportion_interval(0.5, 8)) and "Play verified" in numbers["verdict"]
     with pytest.raises(ValueError, match="needs 4 prompts and 4 training rows, and has 3 and 3"):
         trl_spin.probe(make_trainer(tmp_path / "b", dataset=make_dataset(6)))
     trainer = make_trainer(tmp_path / "c")

@@ -173,14 +173,19 @@ def parse(arguments: list[str]) -> tuple | None:
     return parser.parse_args_and_config(arguments)
 
 
+def parse_own(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What a command's own options say, and the options of the run."""
+    parser.error = refuse
+    parser.epilog = "All other options are those of the run: see `trl-spin --help`."
+    return parser.parse_known_args(arguments)
+
+
 def generate(arguments: list[str]):
     """`trl-spin generate`: a share of a round, for a run that finds it on disk."""
     parser = argparse.ArgumentParser(prog="trl-spin generate", description=generate.__doc__, allow_abbrev=False)
     parser.add_argument("--iteration", type=int, required=True, help="Iteration whose opponent completes.")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="Share I of N, counted from 0. Default: all.")
-    parser.error = refuse
-    parser.epilog = "All other options are those of the run: see `trl-spin --help`."
-    options, others = parser.parse_known_args(arguments)
+    options, others = parse_own(parser, arguments)
     shard = re.fullmatch(r"(\d+)/(\d+)", options.shard)
     if not shard or int(shard[1]) >= int(shard[2]):
         raise ValueError(f"`--shard {options.shard}` is no share: 0/3, 1/3 and 2/3 make a round.")
@@ -194,9 +199,7 @@ def probe(arguments: list[str]):
 
     parser = argparse.ArgumentParser(prog="trl-spin probe", description=probe.__doc__, allow_abbrev=False)
     parser.add_argument("--num_prompts", type=int, default=300, help="Number of prompts to complete. Default: 300.")
-    parser.error = refuse
-    parser.epilog = "All other options are those of the run: see `trl-spin --help`."
-    options, others = parser.parse_known_args(arguments)
+    options, others = parse_own(parser, arguments)
     probe_trainer(make_trainer(*parse(others)), options.num_prompts)
 
 

@@ -137,7 +137,7 @@ def measure(trainer: SharedPrefixDPOTrainer, sketch: Sketch, pairs: list[dict], 
             nll, num_tokens = nll - real.sum().item(), num_tokens + mask.chunk(2)[0].sum().item()
             # At its start, the slope of the logistic loss is one half
             weights = real.new_tensor([beta / 2 * pair["played"] * pair["weight"] for pair in batch])
-            losses = [-real.sum() / size] + [(weights * (generated - real)).sum() / size] * bool(weights.any())
+            losses = [-real.sum() / size] + [(weights * (generated - real)).sum() / size] * pairs[0]["played"]
             sketches = sketches + torch.stack(list(map(sketch, losses)))
         groups.append(sketches)
     groups = torch.stack(groups, dim=1)
