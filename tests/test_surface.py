@@ -60,9 +60,9 @@ OTHER_DEFAULTS = {
 # monthly, and an override that nothing calls any more raises nothing.
 OVERRIDES = {
     SPINTrainer: """
-        _build_accelerator_args _compute_loss _get_output_dir _init_training_state _precompute_ref_logps
-        _prepare_dataset _save _save_checkpoint _set_signature_columns_if_needed compute_ref_log_probs create_model_card
-        create_scheduler evaluate get_optimizer_cls_and_kwargs log push_to_hub set_initial_training_values train
+        _build_accelerator_args _compute_loss _get_output_dir _init_training_state _load_from_checkpoint
+        _precompute_ref_logps _prepare_dataset _save _save_checkpoint _set_signature_columns_if_needed
+        compute_ref_log_probs create_model_card create_scheduler evaluate get_optimizer_cls_and_kwargs log push_to_hub set_initial_training_values train
     """.split(),
     SharedPrefixDPOTrainer: """
         _compute_loss _get_eval_sampler _get_train_sampler compute_ref_log_probs log
@@ -211,7 +211,8 @@ def test_overrides_exist_upstream_and_are_called(tmp_path, monkeypatch):
         assert {name for name in own if hasattr(DPOTrainer, name)} == {*names}
         for name in names:
             spy(cls, name)
-    trainer = make_trainer(tmp_path, save_strategy="epoch", eval_dataset=make_dataset(4))
+    options = {"save_strategy": "epoch", "load_best_iteration_at_end": True}
+    trainer = make_trainer(tmp_path, eval_dataset=make_dataset(4), **options)
     trainer.train()
     assert called == {(cls, name) for cls, names in OVERRIDES.items() for name in names} - NOT_CALLED
     assert [name for name in ATTRIBUTES if not hasattr(trainer, name)] == []
