@@ -62,7 +62,8 @@ OVERRIDES = {
     SPINTrainer: """
         _build_accelerator_args _compute_loss _get_output_dir _init_training_state _load_from_checkpoint
         _precompute_ref_logps _prepare_dataset _save _save_checkpoint _set_signature_columns_if_needed
-        compute_ref_log_probs create_model_card create_scheduler evaluate get_optimizer_cls_and_kwargs log push_to_hub set_initial_training_values train
+        compute_ref_log_probs create_model_card create_scheduler evaluate get_optimizer_cls_and_kwargs log push_to_hub
+        set_initial_training_values train
     """.split(),
     SharedPrefixDPOTrainer: """
         _compute_loss _get_eval_sampler _get_train_sampler compute_ref_log_probs log
