@@ -25,7 +25,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from .generation import row_seed
+from .generation import row_seed, weigh
 from .memory import DEFAULT_BUDGET
 from .pairs import Columns, as_preference
 from .report.signals import proportion_interval, repetition
@@ -176,16 +176,14 @@ def probe(trainer: SharedPrefixDPOTrainer, num_prompts: int = 300) -> dict[str, 
     engine.token_budget = args.generation_token_budget or DEFAULT_BUDGET
     with engine.open(trainer.model_wrapped) as generate:
         given = rows, partial(row_seed, args.seed, 0, f"{watched.name} probe"), args.max_completion_length
-        completions = engine.complete(generate, *given, "Completing prompts").to_pylist()
+        completions = engine.complete(generate, *given, args.temperature, "Completing prompts").to_pylist()
     pairs, real_only = (
-        [{"weight": 1.0} | game.rules.make_pair(*row, 0, held_out=True) for row in zip(part, answers, strict=True)]
+        [game.rules.make_pair(*row, 0, held_out=True) for row in zip(part, answers, strict=True)]
         for part, answers in ((rows, completions), (real, [{"generated_ids": [], "truncated": False}] * len(others)))
     )
     real_only = [pair | {"played": False} for pair in real_only]
-    if (pair_filter := getattr(game, "pair_filter", None)) is not None:
-        columns = {name: [pair[name] for pair in pairs] for name in ("row", "generated_ids", "real_ids")}
-        weights = game.ask(pair_filter, watched.name, columns)
-        pairs = [pair | {"weight": float(weight)} for pair, weight in zip(pairs, weights, strict=True)]
+    weights = weigh(game, watched.name, pairs)
+    pairs = [pair | {"weight": weight} for pair, weight in zip(pairs, weights, strict=True)]
     kept = sum(pair["weight"] > 0 for pair in pairs) / len(pairs)
 
     training, sketch = trainer.model.training, Sketch(trainer.model)
@@ -209,7 +207,7 @@ def probe(trainer: SharedPrefixDPOTrainer, num_prompts: int = 300) -> dict[str, 
         "by_content": tell_apart(*held["hidden"]),
         "shortcut": {"name": SHORTCUTS[strongest], "distance": distances[strongest].item()},
         **{name: dict(zip(sides, means[:, i].tolist(), strict=True)) for i, name in enumerate(SHORTCUTS[:3])},
-        "kept": (kept, *proportion_interval(kept, len(pairs))) if pair_filter else None,
+        "kept": (kept, *proportion_interval(kept, len(pairs))) if game.pair_filter else None,
     }
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
     facts = {"args": args, "beta": args.per_iteration("beta")[0], "pairs": len(game.train)}
