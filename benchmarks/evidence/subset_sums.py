@@ -15,13 +15,14 @@
 """
 Question B: with a program that recognizes wrong completions, does self-play beat more SFT?
 
-Three of six numbers that add up to a given one: "17 4 25 9 30 12 = 38 :" -> "17 9 12". There are several right
+Three of five numbers that add up to a given one: "17 4 15 9 12 = 38 :" -> "17 9 12". There are several right
 completions (at the least, six orders), and each row of data has one of them. There are as many rows as one wants, so
-nothing is memorized: a model of 170,000 parameters settles where it stops getting better by SFT.
+nothing is memorized: a model of 31,000 parameters settles where it stops getting better by SFT.
 
     python benchmarks/evidence/subset_sums.py start          # the SFT model, some ten minutes
     python benchmarks/evidence/subset_sums.py validate       # each arm at three learning rates
     python benchmarks/evidence/subset_sums.py test           # each arm at its best rate, five seeds
+    python benchmarks/evidence/subset_sums.py ablate         # verified self-play, one thing changed at a time
 """
 
 import argparse
@@ -41,7 +42,7 @@ LARGEST, NUM_GIVEN, NUM_CHOSEN = 20, 5, 3
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROMPTS, BATCH = 2048, 2048  # of a round
 RATES = (1e-4, 3e-4, 1e-3)
-STAGES = {"start": 0, "validate": 1, "test": 2}  # seeds of the prompts
+STAGES = {"start": 0, "validate": 1, "ablate": 1, "test": 2}  # seeds of the prompts
 
 
 def make_rows(num_rows: int, seed: int) -> Dataset:
@@ -122,6 +123,20 @@ ARMS = {
     "self-play": play,
     "verified self-play": partial(play, pair_filter=wrong_ones),
 }
+# What matters in verified self-play: one thing is changed at a time
+VERIFIED = partial(play, pair_filter=wrong_ones)
+ABLATIONS = {
+    "verified, batches of 256": partial(VERIFIED, per_device_train_batch_size=256),
+    "verified, optimizer reset in each round": partial(VERIFIED, reset_optimizer_state=True),
+    "verified, 6 rounds of 10 steps": partial(
+        VERIFIED, prompts_per_iteration=10 * PROMPTS, num_self_play_iterations=6
+    ),
+    "verified, 1 round of 60 steps": partial(VERIFIED, prompts_per_iteration=60 * PROMPTS, num_self_play_iterations=1),
+    "verified, λ = 0.1": partial(VERIFIED, beta=0.1),
+    "verified, λ = 5": partial(VERIFIED, beta=5.0),
+    "verified, correlation loss": partial(VERIFIED, loss_type=["correlation"]),
+    "verified, hinge loss": partial(VERIFIED, loss_type=["hinge"]),
+}
 
 
 def start() -> Player:
@@ -140,7 +155,7 @@ def run(arm: str, rate: float, seed: int) -> dict[str, float]:
     player, rows = start(), make_rows(options.rounds * PROMPTS, seed=1000 + seed)
     set_seed(seed)
     if arm != "start":
-        ARMS[arm](player, rows, rate, seed)
+        (ARMS | ABLATIONS)[arm](player, rows, rate, seed)
     return measure(player, make_rows(options.num_held_out, seed=STAGES[options.stage]), seed)
 
 
@@ -151,6 +166,9 @@ def main():
     plan = [{"arm": "start", "rate": 0.0, "seed": 0}]
     if options.stage == "validate":
         plan += [{"arm": arm, "rate": rate, "seed": 0} for arm in options.arms for rate in RATES]
+    elif options.stage == "ablate":
+        plan = [{"arm": arm, "rate": 3e-4, "seed": 0} for arm in ABLATIONS]
+        plan[1:1] = [{"arm": "verified, batches of 256", "rate": rate, "seed": 0} for rate in (1e-4, 3e-5)]
     else:
         best = {row["arm"]: row["rate"] for row in sorted(read("subset_sums_validate"), key=best_of)}
         seeds = range(1, options.num_seeds + 1)
