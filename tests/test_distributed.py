@@ -124,7 +124,7 @@ def test_two_processes_play_the_same_game_as_one(tmp_path, kind, monkeypatch):
     one, two = (trained(tmp_path / run) for run in ("one", "two"))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
     if kind in BEST:
-        [one], [two] = (read_sft(tmp_path / run, 1) for run in ("one", "two"))
+        [one], [two] = (read_sft(tmp_path / run) for run in ("one", "two"))
         assert one["eval_nll/real"] == pytest.approx(two.pop("eval_nll/real"), abs=1e-3)
         assert two.items() <= one.items()
 

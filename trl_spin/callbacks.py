@@ -15,6 +15,7 @@
 """Algorithm 1 of SPIN: promote, generate, score, store, swap."""
 
 import time
+from dataclasses import replace
 
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
@@ -26,6 +27,7 @@ from .generation import check_played, commit_completions, pair_completions, scor
 from .measures import Measures
 from .memory import DEFAULT_BUDGET
 from .pairs import Columns, Game, Pairs
+from .report.signals import metric_prefix
 from .run.checkpoints import load_model
 from .run.files import find_fault, model_dir
 from .run.games import Request, find_stored, load_game, remove_completions, store_game
@@ -154,6 +156,31 @@ class SelfPlayCallback(TrainerCallback):
             pairs[name] = self.processes.write(output_dir, pair_completions, self.game, output_dir, request, name)
             num_tokens += int(Columns(pairs[name]).lengths("generated_ids")[missing].sum())
         return pairs, num_tokens
+
+    def measure(self, iteration: int, metric: str | None = None) -> dict[str, float]:
+        """
+        What is held out, measured for the model as it stands: the NLL of the real completions in an iteration's game,
+        and what the user's function says of its own completions.
+
+        Args:
+            iteration (`int`):
+                Iteration, whose game is stored.
+            metric (`str`, *optional*):
+                The only number that is needed. Defaults to all.
+        """
+        output_dir, on_main, metrics = self.trainer.args.output_dir, self.processes.on_main, {}
+        pairs = on_main(load_game, output_dir, iteration)
+        for name in self.game.held_out:
+            key = f"{metric_prefix(name)}nll/real"
+            if metric in (None, key):
+                scored = Columns(score(self.trainer, replace(self.processes, quiet=True), pairs[name], name))
+                num_tokens = int(scored.lengths("real_ids").sum())
+                metrics[key] = -sum(scored.values("ref_real_logps").tolist()) / num_tokens
+        if self.measures.compute is not None and (metric is None or "completions/" in metric):
+            completed, _ = self.complete(self.request(iteration + 1), list(self.game.held_out))
+            metrics |= on_main(self.measures.of_completions, completed)
+            on_main(remove_completions, output_dir, iteration + 1)
+        return metrics
 
     def complete_share(self, iteration: int, share: tuple[int, int]):
         """

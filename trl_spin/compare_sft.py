@@ -28,26 +28,22 @@ from trl import SFTConfig, SFTTrainer
 from .callbacks import SelfPlayCallback
 from .compat import replaced
 from .engines.base import forked_rng
-from .generation import score
 from .iterations import BestIterationCallback
 from .pairs import Columns
-from .report.signals import metric_prefix
 from .run.files import SFT, write_json
-from .run.games import load_game, read_sft, remove_completions
+from .run.games import load_game
 from .spin_config import SPINConfig
 
 
 # What an SFT run does not do: it writes nothing, and checkpoints activations as was settled for self-play
-_OFF = dict.fromkeys(("save_strategy", "eval_strategy"), "no") | {"report_to": "none", "push_to_hub": False}
+_OFF = dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "no")
+_OFF |= {"report_to": "none", "push_to_hub": False}
 
 
 class Arm(SFTTrainer):
-    """An SFT run that is not logged, leaves no tags on the model, and ends when a signal has come."""
+    """An SFT run that leaves no tags on the model, and ends when a signal has come."""
 
     _tag_names = []
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._metrics["train"].clear()
 
     def training_step(self, *args, **kwargs):
         self.control.should_training_stop = self.stop.agree()[0] != 0
@@ -57,7 +53,7 @@ class Arm(SFTTrainer):
 class CompareSFTCallback(TrainerCallback):
     """
     Trains the model that self-play started from with SFT, when the last iteration has ended, measures it as iterations
-    are measured, and returns to the last iteration's model.
+    are measured, and returns to the last iteration's model. A run that is stopped in it does it again.
 
     Args:
         self_play ([`SelfPlayCallback`]):
@@ -67,34 +63,35 @@ class CompareSFTCallback(TrainerCallback):
     """
 
     def __init__(self, self_play: SelfPlayCallback, best_iteration: BestIterationCallback):
-        self.self_play, self.load_model = self_play, best_iteration.load
+        self.self_play, self.best_iteration = self_play, best_iteration
         self.trainer, self.game, self.processes = self_play.trainer, self_play.game, self_play.processes
         if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
             what = f"`compare_sft={self.trainer.args.compare_sft}` does not work with DeepSpeed and FSDP"
             raise ValueError(f"{what}: leave it unset, and run `trl sft` on the model that self-play starts from.")
 
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        last, stop = self.game.schedule.ended(state.global_step), self.processes.stop
+        last, stop, arms = self.game.schedule.ended(state.global_step), self.processes.stop, []
         if last is None or stop.signum:
             return
         self.trainer.optimizer.state.clear()  # makes room for that of SFT
         rows, passes = self.count_passes(last)
         steps = max(1, round(passes * self.game.schedule.steps_per_epoch * len(rows) / len(self.game.train)))
-        # Those of a run that was stopped, or is resumed when all is done
-        arms = self.processes.on_main(read_sft, args.output_dir, last)
-        try:
-            for rate in args.compare_sft:
-                arm = {"last": last, "learning_rate": rate, "num_train_epochs": round(passes, 2), "steps": steps}
-                if not stop.signum and not any(arm.items() <= known.items() for known in arms):
-                    self.load_model(-1, "compare_sft")
-                    self.train(rows, rate, steps)
-                    if not stop.signum:
-                        arms.append(arm | self.measure(last))
-                        path = Path(args.output_dir) / "self_play" / SFT
-                        self.processes.write(args.output_dir, write_json, path, {"arms": arms})
-        finally:
-            self.load_model(last, "compare_sft")
-        self.trainer.create_model_card()
+        for rate in args.compare_sft:
+            self.best_iteration.load(-1, "compare_sft")
+            self.train(rows, rate, steps)
+            clear_device_cache(garbage_collection=True)
+            stop.signum, _ = stop.agree()
+            if stop.signum:
+                break
+            arm = {"iteration": f"SFT, compute of {last + 1} iterations, {rate:g}", "last": last, "steps": steps}
+            arm |= {"learning_rate": rate, "num_train_epochs": round(passes, 2)}
+            arms.append(arm | self.self_play.measure(last))
+        self.best_iteration.load(last, "compare_sft")
+        if not stop.signum:
+            path, best_metric = Path(args.output_dir) / "self_play" / SFT, self.best_iteration.best_metric
+            arms.sort(key=lambda arm: arm.get(best_metric.name, 0), reverse=best_metric.greater_is_better)
+            self.processes.write(args.output_dir, write_json, path, {"arms": arms})
+            self.trainer.create_model_card()
 
     def count_passes(self, last: int) -> tuple[Dataset, float]:
         """
@@ -131,22 +128,6 @@ class CompareSFTCallback(TrainerCallback):
             arm = Arm(model, config, train_dataset=rows, processing_class=trainer.processing_class)
             arm.stop = self.processes.stop
             arm.train()
-        del arm
-        clear_device_cache(garbage_collection=True)
-
-    def measure(self, last: int) -> dict[str, Any]:
-        """Held-out numbers of the model as it is, measured like those of the iterations."""
-        self_play, output_dir, metrics = self.self_play, self.trainer.args.output_dir, {}
-        games = self.processes.on_main(load_game, output_dir, last)
-        for name in self.game.held_out:
-            scored = score(self.trainer, self.processes, games[name], name)
-            num_tokens = int(Columns(scored).lengths("real_ids").sum())
-            metrics[f"{metric_prefix(name)}nll/real"] = -sum(scored["ref_real_logps"]) / num_tokens
-        if self_play.measures.compute is not None:
-            pairs, _ = self_play.complete(self_play.request(last + 1), list(self.game.held_out))
-            metrics |= self_play.measures.of_completions(pairs)
-            self.processes.on_main(remove_completions, output_dir, last + 1)
-        return metrics
 
 
 def _with_labels(row: dict[str, Any]) -> dict[str, list[int]]:

@@ -134,7 +134,7 @@ class BestMetric:
         """A table of the models up to that of an iteration, the best one marked, and of SFT with the same compute."""
         models = read_models(self.output_dir, last)
         last = models[-1]["iteration"]
-        return iteration_rows(models + read_sft(self.output_dir, last, self.name), self.find_best(last))
+        return iteration_rows(models + read_sft(self.output_dir), self.find_best(last))
 
 
 class BestIterationCallback(TrainerCallback):
@@ -164,11 +164,14 @@ class BestIterationCallback(TrainerCallback):
         if self.fault_of(-1):
             keep_model(self.trainer, self.game, self.processes, -1)
 
-    def load(self, iteration: int, option: str):
-        """Returns to the model that an iteration made, or to the one that self-play started from (-1)."""
+    def load(self, iteration: int, option: str | None = None):
+        """
+        Returns to the model that an iteration made, or to the one that self-play started from (-1), because of an
+        option without which a run can be resumed, if it is one of those.
+        """
         if fault := self.fault_of(iteration):
-            remedy = f"Restore it, or resume without `{option}`."
-            raise ValueError(f"The model of iteration {iteration} cannot be loaded: {fault}. {remedy}")
+            remedy = "Restore it" + (f", or resume without `{option}`" if option else "")
+            raise ValueError(f"The model of iteration {iteration} cannot be loaded: {fault}. {remedy}.")
         load_model(self.trainer, model_dir(self.trainer.args.output_dir, iteration))
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -203,8 +206,7 @@ class BestIterationCallback(TrainerCallback):
             facts = {"args": args, "saved": saved, "report": Path(args.output_dir, "report", "report.html")}
             facts |= {"metric": self.best_metric.name, "values": self.best_metric.values(last)}
             facts |= {"base_model": self.game.base_model, "dir": partial(model_dir, args.output_dir)}
-            facts["sft"] = read_sft(args.output_dir, last, self.best_metric.name)
-            tqdm.write(template.render(facts, last=last, best=best))
+            tqdm.write(template.render(facts, last=last, best=best, sft=read_sft(args.output_dir)))
 
 
 class IterationCallback(TrainerCallback):

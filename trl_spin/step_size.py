@@ -14,19 +14,11 @@
 
 """How far to go the way that an iteration went: `step_size_search`."""
 
-from dataclasses import replace
-
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .callbacks import SelfPlayCallback
-from .generation import score
 from .iterations import BestIterationCallback
-from .pairs import Columns
-from .report.signals import metric_prefix
-from .run.checkpoints import load_model
-from .run.files import model_dir
-from .run.games import remove_completions
 from .spin_config import SPINConfig
 
 
@@ -44,14 +36,13 @@ class StepSizeCallback(TrainerCallback):
 
     @torch.no_grad()
     def on_epoch_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        trainer, iteration = self.self_play.trainer, self.self_play.game.schedule.ended(state.global_step)
+        trainer, metric = self.self_play.trainer, args.metric_for_best_iteration
+        iteration = self.self_play.game.schedule.ended(state.global_step)
         if iteration is None:
             return
-        if fault := self.best_iteration.fault_of(iteration - 1):
-            raise ValueError(f"The model that iteration {iteration} began with cannot be loaded: {fault}. Restore it.")
         weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
         after = [weight.to("cpu", copy=True) for weight in weights]
-        load_model(trainer, model_dir(args.output_dir, iteration - 1))
+        self.best_iteration.load(iteration - 1)
         before = [weight.to("cpu", copy=True) for weight in weights]
 
         def go(size: float):
@@ -62,22 +53,10 @@ class StepSizeCallback(TrainerCallback):
         numbers = dict.fromkeys(sorted({0.0, 1.0, *args.step_size_search}, key=lambda size: (abs(size - 1), size)))
         for size in numbers:
             go(size)
-            numbers[size] = self.measure(args, iteration)
+            numbers[size] = self.self_play.measure(iteration, metric)[metric]
         best = (max if self.best_iteration.best_metric.greater_is_better else min)(numbers, key=numbers.get)
         go(best)
-        self.self_play.processes.on_main(remove_completions, args.output_dir, iteration + 1)
         trainer.model.eval()  # `log` would add the metrics of training
         tried = {f"self_play/step_size_{size:g}": number for size, number in sorted(numbers.items())}
         trainer.log({"self_play/step_size": best} | tried)
         trainer.model.train()
-
-    def measure(self, args: SPINConfig, iteration: int) -> float:
-        """The number of `metric_for_best_iteration` for the model as it stands."""
-        self_play, processes, metric = self.self_play, self.self_play.processes, args.metric_for_best_iteration
-        if "completions/" in metric:
-            pairs, _ = self_play.complete(self_play.request(iteration + 1), list(self_play.game.held_out))
-            return processes.on_main(self_play.measures.of_completions, pairs)[metric]
-        name = next(name for name in self_play.game.held_out if metric == f"{metric_prefix(name)}nll/real")
-        pairs = self_play.game.datasets[name].pairs[0]
-        scored = Columns(score(self_play.trainer, replace(processes, quiet=True), pairs, name))
-        return -sum(scored.values("ref_real_logps").tolist()) / int(scored.lengths("real_ids").sum())

@@ -34,8 +34,10 @@ from markupsafe import Markup, escape
 from tqdm.auto import tqdm
 
 from ..run.files import atomic_open
+from ..run.games import read_sft
 from .reader import read_run
 from .signals import metric_prefix
+from .tables import iteration_rows
 
 
 SUMMARY = tomllib.loads(Path(__file__).with_name("summary.toml").read_text(encoding="utf-8"))
@@ -81,7 +83,8 @@ def write_report(output_dir: str | Path) -> Path:
     filters = {"code": _code, "number": _number, "setting": _setting, "prefix": metric_prefix}
     environment.filters |= filters | {"duration": tqdm.format_interval}
     template = environment.get_template("report.html.jinja")
-    page = template.render(run=run, images=images, now=f"{datetime.now():%Y-%m-%d %H:%M}", **SUMMARY)
+    facts = {"now": f"{datetime.now():%Y-%m-%d %H:%M}", "sft": iteration_rows(read_sft(output_dir))}
+    page = template.render(run=run, images=images, **facts, **SUMMARY)
     with atomic_open(path) as file:
         file.write(page.encode())
     return path

@@ -26,10 +26,9 @@ import pandas
 from pyarrow import Table, compute
 
 from ..run import files
-from ..run.games import load_game, read_sft
+from ..run.games import load_game
 from .card import public_name
 from .signals import metric_prefix
-from .tables import iteration_rows
 
 
 @dataclass
@@ -102,12 +101,6 @@ class Run:
         rows = {number: [found.get(key + end) for end in ("", "_low", "_high")] for number, found, key in measured}
         table = pandas.DataFrame.from_dict(rows, "index", dtype=float, columns=["value", "low", "high"])
         return table.dropna(subset="value")
-
-    @property
-    def sft(self) -> list[list[str]]:
-        """A table of what SFT does with the same compute, titles first."""
-        last = max((i.number for i in self.iterations if i.record), default=-1)
-        return iteration_rows(read_sft(self.output_dir, last, self.metric))
 
     @property
     def best(self) -> int:

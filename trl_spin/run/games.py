@@ -17,7 +17,6 @@
 import glob
 import hashlib
 import json
-import math
 import shutil
 import uuid
 from collections import defaultdict
@@ -174,18 +173,10 @@ def read_models(output_dir: str, last: int) -> list[dict[str, Any]]:
     return models
 
 
-def read_sft(output_dir: str | Path, last: int, metric: str = "") -> list[dict[str, Any]]:
-    """The models of `compare_sft`, with the compute up to an iteration, as those above, the best by a metric chosen."""
-    content = read_intact(Path(output_dir) / "self_play" / SFT, "Until then, SFT is missing in tables.") or {
-        "arms": []
-    }
-    arms = [arm for arm in content["arms"] if arm["last"] == last]
-    values = [arm[metric] for arm in arms if metric in arm]
-    best = (max if "completions/" in metric else min)(values, default=math.nan)
-    for arm in arms:
-        arm["chosen"] = arm.get(metric) == best
-        arm["iteration"] = f"SFT, same compute, {arm['learning_rate']:g}" + " (chosen)" * arm["chosen"]
-    return arms
+def read_sft(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The models of `compare_sft`, the best one first, as those above."""
+    content = read_intact(Path(output_dir) / "self_play" / SFT, "Until then, SFT is missing in tables.")
+    return content["arms"] if content else []
 
 
 def find_stored(output_dir: str, request: Request) -> dict[str, float] | None:
