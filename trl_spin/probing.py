@@ -45,8 +45,8 @@ class Sketch:
     def __init__(self, model: torch.nn.Module, size: int = _MOST_COORDINATES):
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         ends = np.cumsum([parameter.numel() for parameter in self.parameters])
-        drawn = np.sort(np.random.default_rng(0).integers(ends[-1], size=size))
-        chosen = drawn if ends[-1] > size else np.arange(ends[-1])
+        chosen = np.random.default_rng(0).choice(ends[-1], min(size, ends[-1]), replace=False, shuffle=False)
+        chosen.sort()
         self.scale = math.sqrt(ends[-1] / len(chosen))
         parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
         self.indices = [torch.from_numpy(part - start) for part, start in zip(parts, [0, *ends], strict=False)]
@@ -89,20 +89,17 @@ def noise_scale(groups: torch.Tensor, size: int) -> float:
 
 def tell_apart(real: torch.Tensor, generated: torch.Tensor) -> tuple[float, float, float]:
     """
-    Cross-validated accuracy of a linear classifier of features, with its 95% interval: logistic regression with a
-    Gaussian prior on the weights under which a logit has variance 1. Both sides of a pair are in one fold.
+    Cross-validated accuracy of a linear classifier of features, with its 95% interval: ridge regression on the side,
+    with a Gaussian prior on the weights under which the prediction has the variance of the noise. Both sides of a pair
+    are in one fold.
     """
-    x, y = torch.cat([real, generated]).double(), torch.arange(2).repeat_interleave(len(real)).double()
+    x, y = torch.cat([real, generated]).double(), torch.tensor([-1.0, 1.0]).repeat_interleave(len(real)).double()
     fold, right = torch.arange(len(real)).repeat(2) % _FOLDS, 0
     for test in (fold == held_out for held_out in range(_FOLDS)):
         z = (x - x[~test].mean(dim=0)) / (x[~test].std(dim=0) + 1e-6)
-        kernel, logits = z @ z[~test].T / x.size(1), torch.zeros(int((~test).sum()), dtype=torch.float64)
-        for _ in range(20):  # Newton's method, in as many dimensions as there are completions
-            p = logits.sigmoid()
-            slopes = p * (1 - p) + 1e-9
-            dual = torch.linalg.solve(kernel[~test] + torch.diag(1 / slopes), logits + (y[~test] - p) / slopes)
-            logits = kernel[~test] @ dual
-        right += ((kernel[test] @ dual > 0) == y[test].bool()).sum().item()
+        kernel = z @ z[~test].T / x.size(1)  # in as many dimensions as there are completions
+        dual = torch.linalg.solve(kernel[~test] + torch.eye(kernel.size(1)), y[~test])
+        right += (kernel[test] @ dual * y[test] > 0).sum().item()
     return right / len(y), *proportion_interval(right / len(y), len(y))
 
 
@@ -177,13 +174,10 @@ def probe(trainer: SharedPrefixDPOTrainer, num_prompts: int = 300) -> dict[str, 
     with engine.open(trainer.model_wrapped) as generate:
         given = rows, partial(row_seed, args.seed, 0, f"{watched.name} probe"), args.max_completion_length
         completions = engine.complete(generate, *given, args.temperature, "Completing prompts").to_pylist()
-    pairs, real_only = (
-        [game.rules.make_pair(*row, 0, held_out=True) for row in zip(part, answers, strict=True)]
-        for part, answers in ((rows, completions), (real, [{"generated_ids": [], "truncated": False}] * len(others)))
-    )
-    real_only = [pair | {"played": False} for pair in real_only]
-    weights = weigh(game, watched.name, pairs)
-    pairs = [pair | {"weight": weight} for pair, weight in zip(pairs, weights, strict=True)]
+    pairs = [game.rules.make_pair(*row, 0, held_out=True) for row in zip(rows, completions, strict=True)]
+    for pair, weight in zip(pairs, weigh(game, watched.name, pairs), strict=True):
+        pair["weight"] = weight
+    real_only = [row | {"played": False, "weight": 0.0, "ref_real_logps": 0.0} for row in real]
     kept = sum(pair["weight"] > 0 for pair in pairs) / len(pairs)
 
     training, sketch = trainer.model.training, Sketch(trainer.model)
