@@ -140,9 +140,6 @@ class Scripted(Engine):
     def open(self, model):
         yield lambda prompts, seeds, max_new_tokens, temperature: self.script(prompts)
 
-    def describe(self):
-        return "as a test has written it"
-
 
 @dataclass
 class ScriptedConfig(Scripted.Options, SPINConfig):

@@ -170,7 +170,7 @@ def test_without_a_usable_checkpoint_a_run_starts_over_only_if_no_iteration_is_l
         resume(output_dir)
     shutil.rmtree(output_dir / "iteration-0")
     assert_same_weights(resume(output_dir), expected)
-    assert "the run goes on with the 12 completions that are there" in caplog.text
+    assert "starts from its beginning, with the completions that are there" in caplog.text
 
 
 def test_model_only_checkpoints_are_complete_if_asked_for(tmp_path):
@@ -517,6 +517,7 @@ def test_dry_run_prints_the_plan_and_stops(tmp_path, monkeypatch, caplog, capsys
         "9 steps in all",
         "learning rate 0.001",
         "20 completions of up to 12 tokens",
+        "with completions as long as the real ones: generation 00:0",
         r"<|im_start|>assistant\n' real '1<|im_end|>' generated '\x1b[2JOne' (cut: tried with 7 tokens)",
     ):
         assert text in plan, text

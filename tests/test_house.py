@@ -135,9 +135,6 @@ class Parrot(Scripted):
     def script(self, prompts):
         return [[self.args.parrot_word] for _ in prompts]
 
-    def describe(self):
-        return "from a perch"
-
 
 @dataclass
 class ParrotConfig(Parrot.Options, SPINConfig):
@@ -149,7 +146,7 @@ def test_another_engine_is_a_change_in_one_place(tmp_path, capsys, request):
     trainer = make_trainer(tmp_path, config=ParrotConfig, use_parrot=True, parrot_word=5, num_self_play_iterations=1)
     trainer.train()
     assert trainer.game.train.pairs[0]["generated_ids"][:] == [[5]] * 12
-    assert "at most 144 tokens, from a perch" in " ".join(capsys.readouterr().out.split())
+    assert "at most 144 tokens, by parrot" in " ".join(capsys.readouterr().out.split())
     assert read_manifest(str(tmp_path), 0)["engine"] == "parrot"
     for options, message in (
         ({"parrot_word": 5}, "`parrot_word=5` means nothing to the engine that generates .'generate'"),

@@ -31,7 +31,7 @@ from trl import DPOTrainer
 from .engines import Engine
 from .engines.generate import length_sorted_batches
 from .pairs import PAIR_FEATURES, Columns, Game, as_preference, with_logps
-from .run.games import Request, committed, read_completions, read_rows, write_pairs, write_rows
+from .run.games import Request, committed, read_rows, write_pairs, write_rows
 from .run.logs import logger
 from .run.processes import Processes, explain_out_of_memory
 from .run.weights import OVERFLOW_REMEDY
@@ -79,8 +79,7 @@ def commit_completions(
     for name in names:
         game.datasets[name].turn_to(iteration)
         indices = np.arange(len(game.datasets[name]))
-        found = engine.processes.on_main(read_completions, args.output_dir, request, name, len(indices))
-        done = np.isin(indices, committed(found)[0])
+        done = np.isin(indices, committed(engine.processes.on_main(read_rows, directory, name))[0])
         missing[name] = ~done & (indices % share[1] == share[0])
         if done.any() and name == "train":
             counted = f"{done.sum()} of {len(indices)} {name} prompts have been completed already"
@@ -102,7 +101,7 @@ def pair_completions(game: Game, output_dir: str, request: Request, name: str) -
     a `ValueError` if some are missing.
     """
     dataset, iteration, schema = game.datasets[name], request.iteration, PAIR_FEATURES.arrow_schema
-    shards = read_completions(output_dir, request, name, len(dataset))
+    shards = read_rows(request.directory(output_dir), name)
     indices, positions = committed(shards)
     if len(indices) < len(dataset):
         missing = f"{len(dataset) - len(indices)} of {len(dataset)} completions of the {name} dataset"

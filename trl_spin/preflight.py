@@ -154,17 +154,14 @@ class PreflightCallback(TrainerCallback):
         return memory, pairs[tried.index(0)], seconds
 
     def time_token(self, args: SPINConfig, limit: int) -> float:
-        """Seconds that a token of a completion takes, in a batch as large as those of the game, on short prompts."""
-        engine, columns, clock = self.engines[0], self.game.train.columns, []
-        size = max(1, engine.token_budget // (int(columns.lengths("prompt_ids").max()) + args.max_completion_length))
-        prompts = [prompt[-_TRIAL_TOKENS:] for prompt in self.game.train.rows[:size]["prompt_ids"]]
+        """Seconds that `generate` takes for a token of a completion, in batches as large as those of the game."""
+        engine, longest = self.engines[1], int(self.game.train.columns.lengths("prompt_ids").max())
+        size = min(len(self.game.train), max(1, engine.token_budget // (longest + args.max_completion_length)))
+        prompts = [self.game.rules.end_token_ids[:1]] * size
         with engine.open(self.trainer.model_wrapped) as generate:
-            for num_tokens in (1, limit):
-                start = time.perf_counter()
-                completions = generate(prompts, list(range(len(prompts))), num_tokens, args.temperature)
-                steps = max(map(len, completions or [[]]))
-                clock.append(time.perf_counter() - start)
-        return max(0, clock[1] - clock[0]) / len(prompts) / max(1, steps - 1)
+            start = time.perf_counter()
+            completions = generate(prompts, list(range(size)), limit, args.temperature)
+            return (time.perf_counter() - start) / size / max(map(len, completions or [[0]]))
 
     def collate(self, pairs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """A batch as the trainer gets it."""
@@ -196,23 +193,21 @@ def estimate_disk(args: SPINConfig, game: Game, model: float, optimizer: float, 
     return parts | {"next_iteration": next_iteration, "whole_run": whole_run}
 
 
-def estimate_times(args: SPINConfig, game: Game, seconds: tuple[float, float], forwards: int) -> list[dict]:
+def estimate_times(args: SPINConfig, game: Game, seconds: tuple[float, float], forwards: int) -> dict[str, float]:
     """
     Seconds that an iteration takes to generate, to score and to train, roughly, from those of one token, generated and
-    in a forward pass: with completions as long as the real ones, and with completions of the full length. A training
-    step takes as long as `forwards` forward passes.
+    in a forward pass, with completions as long as the real ones. A training step takes as long as `forwards` forward
+    passes.
     """
-    columns, (of_token, of_forward), times = game.train.columns, seconds, []
+    columns, (of_token, of_forward), num_rows = game.train.columns, seconds, len(game.train.all_rows)
     passes = sum(game.schedule.num_epochs) / args.num_self_play_iterations
-    rows = sum(map(len, game.datasets.values())) / len(game.train.all_rows)  # held-out ones are played on as well
-    prompt, real = (columns.lengths(f"{part}_ids") for part in ("prompt", "real"))
-    for shortest in (0, args.max_completion_length):
-        generated = real.clip(shortest, args.max_completion_length)
-        generation = prompt.sum() * of_forward + generated.sum() * of_token / args.world_size
-        scoring = (prompt + real + generated).sum() * of_forward
-        steps = passes * forwards * scoring * len(game.train) / len(prompt)
-        times.append({"generation": rows * generation, "scoring": rows * scoring, "training": steps})
-    return times
+    rows = sum(map(len, game.datasets.values())) / num_rows  # held-out ones are played on as well
+    prompt, real = columns.lengths("prompt_ids").sum(), columns.lengths("real_ids")
+    generated = real.clip(0, args.max_completion_length).sum()
+    generation = prompt * of_forward + generated * of_token / args.world_size
+    scoring = (prompt + real.sum() + generated) * of_forward
+    training = passes * forwards * scoring * len(game.train) / num_rows
+    return {"generation": rows * generation, "scoring": rows * scoring, "training": training}
 
 
 def describe_plan(**facts: Any) -> str:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What completes the prompts. A file in here is an engine: its options, its checks and its line in the plan."""
+"""What completes the prompts. A file in here is an engine: its options and its checks."""
 
 from importlib import import_module
 from pkgutil import iter_modules

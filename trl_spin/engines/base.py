@@ -166,10 +166,6 @@ class Engine:
         """
         raise NotImplementedError
 
-    def describe(self) -> str:
-        """How completions are generated, for the plan."""
-        raise NotImplementedError
-
 
 def chosen_engine(args: Any) -> type[Engine]:
     """The engine that the options choose. Raises a `ValueError` if they choose two, or set what it cannot honour."""

@@ -157,6 +157,3 @@ class Generate(Engine):
                 return None if stop.signum else sequences[:, ids.size(1) :].tolist()
 
             yield complete
-
-    def describe(self) -> str:
-        return f"in batches of up to {self.token_budget:,}"

@@ -187,9 +187,6 @@ class VLLM(Engine):
                 "`name_or_path`, or a model that vLLM implements differently. Otherwise leave `use_vllm` unset."
             )
 
-    def describe(self) -> str:
-        return "with vLLM"
-
 
 class _Worker:
     """A process that runs `vllm_worker.py`, and what is asked of it."""

@@ -124,9 +124,6 @@ def read_run(output_dir: str | Path) -> Run:
     for number in _numbers(directory.glob("iteration-*")):
         _read_iteration(run, number)
     log_history = _attempt(run, [], files.load_json, directory / files.HISTORY)
-    for number in _numbers(run.output_dir.glob("checkpoint-*")) if not log_history else ():
-        state = _attempt(run, {}, files.load_json, run.output_dir / f"checkpoint-{number}" / "trainer_state.json")
-        log_history = state.get("log_history") or log_history
     # The last entry sums up the whole training
     if log_history := [logs for logs in log_history if "step" in logs and "train_runtime" not in logs]:
         run.log_history = pandas.DataFrame(log_history).set_index("step").apply(pandas.to_numeric, errors="coerce")

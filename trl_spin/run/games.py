@@ -93,39 +93,19 @@ def write_pairs(path: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Sch
 
 def read_rows(directory: Path, name: str) -> list[Dataset]:
     """What is committed of a dataset, in no order, as it lies on disk. What is damaged is named and left out."""
-    paths = sorted(directory.glob(f"{glob.escape(name)}-{64 * '?'}.arrow"))
-    return [shard for path in paths for shard in _read_shard(path, path.stem.removeprefix(f"{name}-"))]
-
-
-def _read_shard(path: Path, checksum: str) -> list[Dataset]:
-    if checksums([path]) == [checksum]:
-        return [Dataset.from_file(str(path))]
-    logger.warning(f"{path} is damaged: it does not match its checksum. Its rows are computed again.")
-    return []
+    paths, shards = sorted(directory.glob(f"{glob.escape(name)}-{64 * '?'}.arrow")), []
+    for path, checksum in zip(paths, checksums(paths), strict=True):
+        if path.stem == f"{name}-{checksum}":
+            shards.append(Dataset.from_file(str(path)))
+        else:
+            logger.warning(f"{path} is damaged: it does not match its checksum. Its rows are computed again.")
+    return shards
 
 
 def committed(shards: list[Dataset]) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the rows that are committed, in order, and where each of them is in the shards, put together."""
     indices = [np.empty(0, np.int64), *(shard.data["index"].to_numpy() for shard in shards)]
     return np.unique(np.concatenate(indices), return_index=True)
-
-
-def read_completions(output_dir: str, request: Request, name: str, num_rows: int) -> list[Dataset]:
-    """
-    Completions of a dataset for the same request that a stopped run, or a worker, left behind: those that were
-    committed, and those of a stored game of which a part is damaged.
-    """
-    shards, first = read_rows(request.directory(output_dir), name), 0
-    manifest = read_manifest(output_dir, request.iteration)
-    if manifest is not None and manifest["request"] == request.hash:
-        for shard in (shard for shard in manifest["shards"] if shard["dataset"] == name):
-            for game in _read_shard(game_dir(output_dir, request.iteration) / shard["file"], shard["sha256"]):
-                # Pairs of earlier opponents come after those of the newest
-                game = game.select(range(min(len(game), max(0, num_rows - first))))
-                index = np.arange(first, first + len(game))
-                shards.append(game.select_columns(["generated_ids", "truncated"]).add_column("index", index))
-            first += shard["rows"]
-    return shards
 
 
 def store_game(output_dir: str, iteration: int, pairs: dict[str, Dataset], manifest: dict[str, Any]):

@@ -34,7 +34,6 @@ from ..engines import ENGINES
 from ..pairs import Game
 from ..spin_config import OPTIONS, PER_ITERATION, SPINConfig
 from .files import RECORD, SETTINGS, find_fault, game_dir, load_json, model_dir, read_json, write_json
-from .games import committed, read_manifest, read_rows
 from .logs import logger
 from .processes import Processes
 
@@ -223,10 +222,6 @@ def choose_checkpoint(args: SPINConfig, resume_from_checkpoint: str | bool, run:
         none = f"{args.output_dir} holds none (`save_strategy={args.save_strategy.value!r}`)."
         remedy = "Restore the files, resume from another checkpoint, or start anew from the last finished iteration."
         raise ValueError("\n".join(["There is no checkpoint to resume from.", *(faults or [none]), remedy]))
-    stored = read_manifest(args.output_dir, 0) or {"shards": []}
-    done = sum(shard["rows"] for shard in stored["shards"] if shard["dataset"] == "train")
-    paths = game_dir(args.output_dir, 0).glob("completions-*")
-    done = done or sum(len(committed(read_rows(path, "train"))[0]) for path in paths)
-    start = f"goes on with the {done} completions that are there" if done else "starts from its beginning"
-    logger.warning(f"There is no checkpoint in {args.output_dir} yet: the run {start}.")
+    start = "the run starts from its beginning, with the completions that are there"
+    logger.warning(f"There is no checkpoint in {args.output_dir} yet: {start}.")
     return None
