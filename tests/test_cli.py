@@ -302,19 +302,18 @@ def test_held_out_data(sft, monkeypatch, capsys):
     """The test split where there is one, a part of it, other rows, or another file."""
     splits, dataset = str(sft / "splits"), Dataset.from_json(str(sft / "data.jsonl"))
     DatasetDict(train=dataset, test=dataset.select(range(4))).save_to_disk(splits)
-    for options, said, num_rows in (
-        ({"dataset_name": splits}, "Held out: test, 4 rows", 4),
-        ({"dataset_name": splits, "dataset_test_split": "test[:3]"}, "Held out: test[:3], 3 rows", 3),
-        ({"dataset_name": splits, "held_out_size": 2}, None, 2),
-        ({"eval_dataset_name": sft / "data.jsonl", "eval_strategy": "epoch"}, "data.jsonl, 12 rows", 12),
+    for options, num_rows in (
+        ({"dataset_name": splits}, 4),
+        ({"dataset_name": splits, "dataset_test_split": "test[:3]"}, 3),
+        ({"dataset_name": splits, "held_out_size": 2}, 2),
+        ({"eval_dataset_name": sft / "data.jsonl", "eval_strategy": "epoch"}, 12),
     ):
         run(monkeypatch, command_line(sft, f"run-{num_rows}", **options, num_self_play_iterations=1))
         game = load_game(str(sft / f"run-{num_rows}"), 0)
         assert len(game["eval"]) == num_rows
         record = json.loads((sft / f"run-{num_rows}" / "iteration-0" / "self_play.json").read_text())
         assert record["eval_nll/real"] > 0
-        output = capsys.readouterr().out
-        assert said in output if said else "Held out" not in output
+        assert f"{num_rows} prompts (eval), completed and measured" in capsys.readouterr().out
 
 
 def test_what_the_user_must_change_is_said_in_one_line(sft, monkeypatch):

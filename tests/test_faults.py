@@ -277,7 +277,7 @@ def test_the_manifest_says_what_the_game_depends_on(stopped):
 
 def test_a_run_of_another_schema_is_refused(run, monkeypatch):
     monkeypatch.setattr("trl_spin.run.files.SCHEMA_VERSION", 99)
-    with pytest.raises(ValueError, match="run.json has the schema version 4, this trl-spin reads 99"):
+    with pytest.raises(ValueError, match="run.json has the schema version 5, this trl-spin reads 99"):
         resume(run[0])
 
 

@@ -677,4 +677,4 @@ def test_sft_with_the_same_compute_stands_beside_self_play_and_changes_nothing_o
     assert [label for label in row["labels"] if label != -100] == pair["real_ids"]
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="does not work with DeepSpeed and FSDP"):
-        CompareSFTCallback(trainer.self_play, trainer.best_iteration)
+        trainer._attach_callbacks(type(trainer.self_play.engine), None)

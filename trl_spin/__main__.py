@@ -67,7 +67,6 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
     Returns:
         [`SPINTrainer`]: Trainer before training.
     """
-    from tqdm.auto import tqdm
     from trl import get_peft_config, get_quantization_config
 
     from . import SPINTrainer
@@ -88,10 +87,6 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
     train_dataset, eval_dataset = load_data(script_args, dataset_args)
     if training_args.held_out_size and not script_args.eval_dataset_name:
         eval_dataset = None
-    if eval_dataset is not None and training_args.process_index == 0:
-        name, size = script_args.eval_dataset_name or script_args.dataset_test_split, f"{len(eval_dataset):,} rows"
-        remark = "completed and measured in each iteration. `--dataset_test_split test[:200]` takes fewer."
-        tqdm.write(f"Held out: {name}, {size}, {remark}")
     trainer = SPINTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -26,7 +26,7 @@ from .engines import Engine
 from .generation import check_played, commit_completions, pair_completions, score
 from .measures import Measures
 from .memory import DEFAULT_BUDGET
-from .pairs import Columns, Game, Pairs
+from .pairs import Columns, Game
 from .report.signals import metric_prefix
 from .run.checkpoints import load_model
 from .run.files import find_fault, model_dir
@@ -67,9 +67,9 @@ class SelfPlayCallback(TrainerCallback):
         if self.game.schedule.begins(state.global_step):
             request = self.promote(iteration)
             if not self.find_stored(request):  # of a run that stopped between store and swap
-                pairs = self.generate(request)  # y' ~ p_θt(·|x)
-                pairs = self.score(request, pairs)  # log p_θt(y|x), log p_θt(y'|x)
-                self.store(request, pairs)
+                pairs, generating = self.generate(request)  # y' ~ p_θt(·|x)
+                pairs, scoring = self.score(request, pairs)  # log p_θt(y|x), log p_θt(y'|x)
+                self.store(request, pairs, generating | scoring)
                 del pairs  # from here on, they are read from the files of the game
             self.swap(iteration, at_start=True)
         elif not self.game.started:  # resumed in the middle of an iteration
@@ -95,8 +95,11 @@ class SelfPlayCallback(TrainerCallback):
             self.trainer.log(metrics)
         return metrics is not None
 
-    def generate(self, request: Request) -> Pairs:
-        """The opponent completes every prompt. Those of earlier opponents are added as `opponent_history` asks."""
+    def generate(self, request: Request) -> tuple[dict[str, Dataset], dict[str, float]]:
+        """
+        The opponent completes every prompt. Those of earlier opponents are added as `opponent_history` asks. Returns
+        the pairs by name of their dataset, and what was measured.
+        """
         args, start = self.trainer.args, time.perf_counter()
         pairs, num_tokens = self.complete(request, list(self.game.datasets))
         seconds = time.perf_counter() - start
@@ -108,22 +111,21 @@ class SelfPlayCallback(TrainerCallback):
             earlier = earlier.select(range(len(self.game.train)))
             pairs["train"] = concatenate_datasets([pairs["train"], earlier])
         speed = {"generation_time": seconds, "generated_tokens_per_second": num_tokens / seconds}
-        return Pairs(pairs, {f"self_play/{key}": value for key, value in speed.items()})
+        return pairs, {f"self_play/{key}": value for key, value in speed.items()}
 
-    def score(self, request: Request, pairs: Pairs) -> Pairs:
+    def score(self, request: Request, pairs: dict[str, Dataset]) -> tuple[dict[str, Dataset], dict[str, float]]:
         """The reference scores all pairs, in the layout and precision of training."""
         trainer, start, directory = self.trainer, time.perf_counter(), request.directory(self.trainer.args.output_dir)
-        datasets = pairs.datasets.items()
-        scored = {name: score(trainer, self.processes, part, name, directory) for name, part in datasets}
-        return Pairs(scored, pairs.metrics | {"self_play/scoring_time": time.perf_counter() - start})
+        scored = {name: score(trainer, self.processes, part, name, directory) for name, part in pairs.items()}
+        return scored, {"self_play/scoring_time": time.perf_counter() - start}
 
-    def store(self, request: Request, pairs: Pairs):
+    def store(self, request: Request, pairs: dict[str, Dataset], metrics: dict[str, float]):
         """Writes the pairs to `output_dir/self_play/iteration-<t>`, and logs what they look like."""
         output_dir, iteration, state = self.trainer.args.output_dir, request.iteration, self.trainer.state
-        measured, warnings = self.measures.of_game(output_dir, iteration, pairs.datasets, state.log_history)
+        measured, warnings = self.measures.of_game(output_dir, iteration, pairs, state.log_history)
         for warning in warnings:
             logger.warning(f"Iteration {iteration}: {warning}")
-        metrics = {"self_play/iteration": iteration, **pairs.metrics, **measured}
+        metrics = {"self_play/iteration": iteration, **metrics, **measured}
         origin = f"iteration-{iteration - 1}" if iteration else self.game.base_model
         manifest = request.content | {
             "request": request.hash,
@@ -134,7 +136,7 @@ class SelfPlayCallback(TrainerCallback):
             "warnings": warnings,
             "versions": library_versions(),
         }
-        self.processes.write(output_dir, store_game, output_dir, iteration, pairs.datasets, manifest)
+        self.processes.write(output_dir, store_game, output_dir, iteration, pairs, manifest)
         self.trainer.log(dict(metrics))
 
     def swap(self, iteration: int, at_start: bool):
@@ -179,7 +181,6 @@ class SelfPlayCallback(TrainerCallback):
         if self.measures.compute is not None and (metric is None or "completions/" in metric):
             completed, _ = self.complete(self.request(iteration + 1), list(self.game.held_out))
             metrics |= on_main(self.measures.of_completions, completed)
-            on_main(remove_completions, output_dir, iteration + 1)
         return metrics
 
     def complete_share(self, iteration: int, share: tuple[int, int]):

@@ -16,7 +16,6 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
@@ -65,9 +64,6 @@ class CompareSFTCallback(TrainerCallback):
     def __init__(self, self_play: SelfPlayCallback, best_iteration: BestIterationCallback):
         self.self_play, self.best_iteration = self_play, best_iteration
         self.trainer, self.game, self.processes = self_play.trainer, self_play.game, self_play.processes
-        if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
-            what = f"`compare_sft={self.trainer.args.compare_sft}` does not work with DeepSpeed and FSDP"
-            raise ValueError(f"{what}: leave it unset, and run `trl sft` on the model that self-play starts from.")
 
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         last, stop, arms = self.game.schedule.ended(state.global_step), self.processes.stop, []
@@ -108,7 +104,8 @@ class CompareSFTCallback(TrainerCallback):
             # In a pass, a prompt is played once, against each of several opponents in turn
             flops += of_training * num_epochs * computed.mean() * len(train)
         rows = train.all_rows.select(range(min(len(train.all_rows), (last + 1) * len(train))))
-        rows = rows.map(_with_labels, remove_columns=rows.column_names)
+        columns = ["prompt_ids", "real_ids"]
+        rows = rows.map(_with_labels, input_columns=columns, remove_columns=rows.column_names)
         return rows, float(flops / (of_training * Columns(rows).lengths("input_ids").sum()))
 
     def train(self, rows: Dataset, learning_rate: float, steps: int):
@@ -130,6 +127,5 @@ class CompareSFTCallback(TrainerCallback):
             arm.train()
 
 
-def _with_labels(row: dict[str, Any]) -> dict[str, list[int]]:
-    prompt, real = row["prompt_ids"], row["real_ids"]
+def _with_labels(prompt: list[int], real: list[int]) -> dict[str, list[int]]:
     return {"input_ids": prompt + real, "labels": [-100] * len(prompt) + real}

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import DPOTrainer
@@ -30,7 +29,7 @@ from trl import DPOTrainer
 from .callbacks import SelfPlayCallback
 from .measures import last_logs
 from .pairs import Game
-from .report.tables import iteration_rows
+from .report.tables import iteration_rows, render
 from .run.checkpoints import keep_model, load_model
 from .run.files import MANIFEST, RECORD, RECORDED_OPTIONS, find_fault, game_dir, model_dir, write_json
 from .run.games import read_manifest, read_models, read_sft, remove_completions
@@ -57,12 +56,6 @@ class CompletionMetricsCallback(TrainerCallback):
             trainer.model.eval()  # `log` would add the metrics of training
             trainer.log(self_play.measures.of_completions(pairs))
             trainer.model.train()
-
-    def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        iteration, processes = self.self_play.game.schedule.ended(state.global_step), self.self_play.processes
-        if iteration is not None and not processes.stop.signum:
-            # Those of the last model, against which nothing was played
-            processes.on_main(remove_completions, args.output_dir, iteration + 1)
 
 
 @dataclass(frozen=True)
@@ -142,6 +135,9 @@ class BestIterationCallback(TrainerCallback):
 
     def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes, best_metric: BestMetric):
         self.trainer, self.game, self.processes, self.best_metric = trainer, game, processes, best_metric
+        for option in ("step_size_search", "compare_sft"):  # which put weights into the model
+            if (value := getattr(trainer.args, option)) and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+                raise ValueError(f"`{option}={value}` does not work with DeepSpeed and FSDP: leave it unset.")
 
     def game_is_over(self, log_history: list[dict[str, Any]], step: int) -> bool:
         """Whether the iteration that ended at this step, if one did, was the last by `early_stopping`."""
@@ -186,6 +182,8 @@ class BestIterationCallback(TrainerCallback):
         last = self.game.schedule.ended(state.global_step)
         if last is None or self.processes.stop.signum:
             return
+        # Those of the last model, against which nothing was played
+        self.processes.on_main(remove_completions, args.output_dir, last + 1)
         best = self.processes.on_main(self.best_metric.find_best, last)
         if args.load_best_iteration_at_end and best is not None:
             self.load(best, "load_best_iteration_at_end")
@@ -202,11 +200,9 @@ class BestIterationCallback(TrainerCallback):
         args, last = self.trainer.args, self.game.schedule.ended(self.trainer.state.global_step)
         if last is not None and self.trainer.is_world_process_zero():
             best = self.best_metric.find_best(last)
-            template = Template(Path(__file__).with_name("end.txt.jinja").read_text(encoding="utf-8"))
-            facts = {"args": args, "saved": saved, "report": Path(args.output_dir, "report", "report.html")}
-            facts |= {"metric": self.best_metric.name, "values": self.best_metric.values(last)}
-            facts |= {"base_model": self.game.base_model, "dir": partial(model_dir, args.output_dir)}
-            tqdm.write(template.render(facts, last=last, best=best, sft=read_sft(args.output_dir)))
+            run = {"args": args, "game": self.game, "best_metric": self.best_metric, "sft": read_sft(args.output_dir)}
+            paths = {"report": Path(args.output_dir, "report/report.html"), "dir": partial(model_dir, args.output_dir)}
+            tqdm.write(render("end.txt.jinja", **run, **paths, saved=saved, last=last, best=best))
 
 
 class IterationCallback(TrainerCallback):

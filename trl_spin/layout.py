@@ -164,9 +164,8 @@ def supports_shared_prefix(model: PreTrainedModel | PeftModel) -> str | None:
 
 def pair_lengths(dataset: Dataset, max_length: int | None = None) -> np.ndarray:
     """Unique tokens of each pair: of the prompt and both completions, as far as `max_length` leaves them."""
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    table = dataset.select_columns(columns).with_format("arrow")[:]
-    prompt, chosen, rejected = (list_value_length(table[column]).to_numpy() for column in columns)
+    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")[:].columns
+    prompt, chosen, rejected = (list_value_length(column).to_numpy() for column in columns)
     sequences = np.minimum([prompt + chosen, prompt + rejected, prompt], max_length or np.inf)
     return sequences[0] + sequences[1] - sequences[2]
 

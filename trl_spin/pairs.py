@@ -261,14 +261,6 @@ class GameDataset(torch.utils.data.Dataset):
 
 
 @dataclass
-class Pairs:
-    """Pairs by name of their dataset, and what was measured of them."""
-
-    datasets: dict[str, Dataset]
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
 class Game:
     """
     The state of play. The trainer reads it, [`SelfPlayCallback`] changes it where an iteration begins.

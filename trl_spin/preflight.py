@@ -19,14 +19,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from pprint import pformat
 from typing import Any
 
 import torch
 from datasets import Dataset
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -35,6 +32,7 @@ from .engines.base import Engine, forked_rng
 from .generation import score, weigh
 from .memory import MemoryPlan, plan_memory
 from .pairs import PAIR_FEATURES, Columns, Game, as_preference
+from .report.tables import render
 from .run.files import existing
 from .run.logs import logger
 from .run.processes import Processes
@@ -86,11 +84,10 @@ class PreflightCallback(TrainerCallback):
         optimizer = memory.estimate["optimizer"] if memory.estimate else 2 * num_bytes
         disk = estimate_disk(args, self.game, num_bytes, optimizer, state.save_steps)
         if state.is_world_process_zero:
+            times = estimate_times(args, self.game, seconds, memory)
+            sizes = {"total": sum(map(_numel, parameters)), "trained": sum(map(_numel, trained))}
             run = {"args": args, "state": state, "game": self.game, "engine": self.engines[0], "pair": pair}
-            more = {"memory": memory, "parameters": parameters, "trained": trained, "disk": disk}
-            # The backward pass takes about twice as long as the forward pass, of which checkpointing adds another
-            more["times"] = estimate_times(args, self.game, seconds, forwards=3 + memory.checkpointing)
-            tqdm.write(describe_plan(**run, **more))
+            tqdm.write(render("plan.txt.jinja", **run, sizes=sizes, times=times, memory=memory, disk=disk))
         self.processes.on_main(check_disk, args.output_dir, disk)
         if not self.trainer.is_deepspeed_enabled:  # which keeps weights in float32 beside them
             warn_of_lost_updates(trained, max(args.per_iteration("learning_rate")))
@@ -105,8 +102,8 @@ class PreflightCallback(TrainerCallback):
         and metrics are as before.
 
         Returns:
-            `tuple`: Memory, the pair of the first row, and the seconds that one token takes: generated, and in a
-            forward pass.
+            `tuple`: Memory, the pair of the first row, and the seconds that a step of `generate` takes for a single
+            row, and one token in a forward pass.
         """
         trainer, game, processes = self.trainer, self.game, self.processes
         model, columns = trainer.model_wrapped, game.train.columns
@@ -123,7 +120,9 @@ class PreflightCallback(TrainerCallback):
             seed_of, limit = [row["row"] for row in rows].index, min(args.max_completion_length, _TRIAL_TOKENS)
             with self.engines[1].open(model) as generate:
                 given = generate, rows, seed_of, limit, args.temperature
+                start = time.perf_counter()
                 completions = self.engines[1].complete(*given, desc=None).to_pylist()
+                of_step = (time.perf_counter() - start) / sum(len(c["generated_ids"]) for c in completions)
             pairs = [game.rules.make_pair(*row, 0, held_out=False) for row in zip(rows, completions, strict=True)]
             processes.on_main(weigh, game, "train", pairs)  # what fails does so before anything is generated
             pairs = Dataset.from_list(pairs, features=PAIR_FEATURES)
@@ -139,7 +138,6 @@ class PreflightCallback(TrainerCallback):
             memory = plan_memory(trainer, forward, pair, processes, budget)
             for engine in self.engines:
                 engine.token_budget = memory.token_budget
-            token_seconds = self.time_token(args, limit)
             pairs = score(trainer, replace(processes, quiet=True), pairs, "train")
             game.iteration, game.at_start = 0, True
             model.train()
@@ -148,20 +146,10 @@ class PreflightCallback(TrainerCallback):
             batch = [as_preference(pairs[i % len(pairs)]) for i in range(args.per_device_train_batch_size)]
             inputs, start = self.collate(batch), time.perf_counter()
             trainer.compute_loss(model, inputs).item()
-            seconds = token_seconds, (time.perf_counter() - start) / trainer._metrics["train"]["tokens"][-1][0]
+            seconds = of_step, (time.perf_counter() - start) / trainer._metrics["train"]["tokens"][-1][0]
             model.train(training)
         trainer.count_on()
         return memory, pairs[tried.index(0)], seconds
-
-    def time_token(self, args: SPINConfig, limit: int) -> float:
-        """Seconds that `generate` takes for a token of a completion, in batches as large as those of the game."""
-        engine, longest = self.engines[1], int(self.game.train.columns.lengths("prompt_ids").max())
-        size = min(len(self.game.train), max(1, engine.token_budget // (longest + args.max_completion_length)))
-        prompts = [self.game.rules.end_token_ids[:1]] * size
-        with engine.open(self.trainer.model_wrapped) as generate:
-            start = time.perf_counter()
-            completions = generate(prompts, list(range(size)), limit, args.temperature)
-            return (time.perf_counter() - start) / size / max(map(len, completions or [[0]]))
 
     def collate(self, pairs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """A batch as the trainer gets it."""
@@ -193,29 +181,24 @@ def estimate_disk(args: SPINConfig, game: Game, model: float, optimizer: float, 
     return parts | {"next_iteration": next_iteration, "whole_run": whole_run}
 
 
-def estimate_times(args: SPINConfig, game: Game, seconds: tuple[float, float], forwards: int) -> dict[str, float]:
+def estimate_times(args: SPINConfig, game: Game, seconds: tuple[float, float], memory: MemoryPlan) -> dict[str, Any]:
     """
-    Seconds that an iteration takes to generate, to score and to train, roughly, from those of one token, generated and
-    in a forward pass, with completions as long as the real ones. A training step takes as long as `forwards` forward
-    passes.
+    Seconds that an iteration takes to generate, to score and to train, roughly, with completions as long as the real
+    ones, from those of a step of `generate` with a single row, which larger batches share, and of a token in a forward
+    pass.
     """
-    columns, (of_token, of_forward), num_rows = game.train.columns, seconds, len(game.train.all_rows)
+    columns, (of_step, of_forward), num_rows = game.train.columns, seconds, len(game.train.all_rows)
     passes = sum(game.schedule.num_epochs) / args.num_self_play_iterations
     rows = sum(map(len, game.datasets.values())) / num_rows  # held-out ones are played on as well
-    prompt, real = columns.lengths("prompt_ids").sum(), columns.lengths("real_ids")
-    generated = real.clip(0, args.max_completion_length).sum()
-    generation = prompt * of_forward + generated * of_token / args.world_size
-    scoring = (prompt + real.sum() + generated) * of_forward
-    training = passes * forwards * scoring * len(game.train) / num_rows
+    prompt, real = columns.lengths("prompt_ids"), columns.lengths("real_ids")
+    generated = real.clip(0, args.max_completion_length)
+    size = max(1, min(num_rows, memory.token_budget // (prompt.max() + args.max_completion_length)))
+    of_token = of_forward + of_step / size / args.world_size
+    generation = prompt.sum() * of_forward + generated.sum() * of_token
+    scoring = (prompt + real + generated).sum() * of_forward
+    # The backward pass takes about twice as long as the forward pass, of which checkpointing adds another
+    training = passes * (3 + memory.checkpointing) * scoring * len(game.train) / num_rows
     return {"generation": rows * generation, "scoring": rows * scoring, "training": training}
-
-
-def describe_plan(**facts: Any) -> str:
-    """What a run will do and need, for people, from the objects that `plan.txt.jinja` names."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
-    environment.filters |= {"count": "{:,}".format, "numel": _numel, "short": tqdm.format_sizeof}
-    environment.filters |= {"duration": tqdm.format_interval, "quote": partial(pformat, width=66)}
-    return environment.get_template("plan.txt.jinja").render(facts)
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:

@@ -16,12 +16,10 @@
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from peft import PeftModel
 from tqdm.auto import tqdm
 
@@ -29,6 +27,7 @@ from .generation import row_seed, weigh
 from .memory import DEFAULT_BUDGET
 from .pairs import Columns, as_preference
 from .report.signals import proportion_interval, repetition
+from .report.tables import render
 from .shared_prefix_trainer import SharedPrefixDPOTrainer
 
 
@@ -122,8 +121,6 @@ def measure(trainer: SharedPrefixDPOTrainer, sketch: Sketch, pairs: list[dict], 
         group, sketches = pairs[start : start + size], 0
         for batch in (group[first : first + batch_size] for first in range(0, size, batch_size)):
             inputs = trainer._prepare_inputs(trainer.data_collator(list(map(as_preference, batch))))
-            if trainer.shares_prefix is None:
-                trainer.choose_layout(inputs)
             with trainer.accelerator.autocast():
                 real, generated = trainer.token_logps(model, inputs).sum(dim=1).chunk(2)
                 with torch.no_grad():
@@ -137,9 +134,8 @@ def measure(trainer: SharedPrefixDPOTrainer, sketch: Sketch, pairs: list[dict], 
             losses = [-real.sum() / size] + [(weights * (generated - real)).sum() / size] * pairs[0]["played"]
             sketches = sketches + torch.stack(list(map(sketch, losses)))
         groups.append(sketches)
-    groups = torch.stack(groups, dim=1)
-    more = {"nll": nll / num_tokens, "hidden": torch.cat(hidden, dim=1), "size": size}
-    return {"real": groups[0], "game": groups[-1], **more}
+    real, game = torch.stack(groups, dim=1)[[0, -1]]
+    return {"real": real, "game": game, "nll": nll / num_tokens, "hidden": torch.cat(hidden, dim=1), "size": size}
 
 
 def probe(trainer: SharedPrefixDPOTrainer, num_prompts: int = 300) -> dict[str, Any]:
@@ -203,8 +199,7 @@ def probe(trainer: SharedPrefixDPOTrainer, num_prompts: int = 300) -> dict[str, 
         **{name: dict(zip(sides, means[:, i].tolist(), strict=True)) for i, name in enumerate(SHORTCUTS[:3])},
         "kept": (kept, *proportion_interval(kept, len(pairs))) if game.pair_filter else None,
     }
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
     facts = {"args": args, "beta": args.per_iteration("beta")[0], "pairs": len(game.train)}
-    text = environment.get_template("probe.txt.jinja").render(found, **facts)
+    text = render("probe.txt.jinja", **found, **facts)
     tqdm.write(text)
     return found | {"verdict": text.partition("Verdict\n")[2]}

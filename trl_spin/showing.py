@@ -169,16 +169,12 @@ class BarCallback(LineCallback, ProgressCallback):
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if state.is_world_process_zero and not self.training_bar.disable:  # as TQDM_DISABLE does
-            bar, coming = self.training_bar, len(self.game.schedule.num_epochs) - 1 - self.game.iteration
+            bar = self.training_bar
             # The steps before a resume took no time
             bar.initial += state.global_step - self.current_step
             bar.n = bar.last_print_n = self.current_step = state.global_step
             bar.unpause()
-            bar.set_description(f"Iteration {self.game.iteration}", refresh=False)
-            last = [logs for logs in state.log_history if "self_play/iteration" in logs][-1:]
-            phases = ("self_play/generation_time", "self_play/scoring_time")
-            seconds = coming * sum(logs[phase] for logs in last for phase in phases)
-            bar.set_postfix_str(f"+ {bar.format_interval(seconds)} to generate" if seconds else "")
+            bar.set_description(f"Iteration {self.game.iteration}")
 
 
 class ReportCallback(TrainerCallback):

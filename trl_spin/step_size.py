@@ -30,9 +30,6 @@ class StepSizeCallback(TrainerCallback):
 
     def __init__(self, self_play: SelfPlayCallback, best_iteration: BestIterationCallback):
         self.self_play, self.best_iteration = self_play, best_iteration
-        if self_play.trainer.is_deepspeed_enabled or self_play.trainer.is_fsdp_enabled:
-            what = "`step_size_search` does not work with DeepSpeed and FSDP, which have copies of the weights"
-            raise ValueError(f"{what}. Leave it unset, and lower `learning_rate` where an iteration hurts.")
 
     @torch.no_grad()
     def on_epoch_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):

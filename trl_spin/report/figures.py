@@ -134,8 +134,6 @@ def draw_pairs(run: Run, name: str, kind: str) -> Iterator[tuple[str, Figure]]:
             shares = np.linspace(0, 1, values.count()) if few else np.linspace(0.005, 0.995, 199)
             look = LOOKS[side] | ({"clip_on": False} if few else {"marker": "None"})
             ax.plot(values.quantile(shares), shares, label=side, **look)
-        if kind == "changes":
-            ax.axvline(0, **REFERENCE)
         ax.set_ylabel("share below")
         _finish(ax, kind, TITLES["pairs"][kind])
     ends = [end for _, ax in panels.values() for end in ax.get_xlim()]
@@ -162,7 +160,7 @@ def _plot_with_intervals(ax: Axes, points: pandas.DataFrame, **look):
 def _finish(ax: Axes, title: str, xlabel: str, models: pandas.Index | None = None):
     """Ticks on whole numbers, a y axis that noise does not fill, lines to compare with, and a legend below."""
     ax.set_xlabel(xlabel)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=title not in ("logps", "changes")))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=title != "logps"))
     if models is not None:
         ax.margins(x=0.08)
         ax.set_xticks(models[:: len(models) // 12 + 1])

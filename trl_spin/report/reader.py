@@ -17,7 +17,6 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +126,6 @@ def read_run(output_dir: str | Path) -> Run:
     # The last entry sums up the whole training
     if log_history := [logs for logs in log_history if "step" in logs and "train_runtime" not in logs]:
         run.log_history = pandas.DataFrame(log_history).set_index("step").apply(pandas.to_numeric, errors="coerce")
-    for before, after in pairwise(run.iterations):
-        for name in before.completions.keys() & after.completions.keys():
-            old, new = before.completions[name], after.completions[name]
-            # With `truncated_completions="cut_real"` the real completions differ from one opponent to the next
-            if before.number + 1 == after.number and old["ids"].equals(new["ids"]):
-                old["changes", "real"] = new["logps", "real"] - old["logps", "real"]
     finished = _numbers(path.parent for path in run.output_dir.glob(f"iteration-*/{files.RECORD}"))
     if lost := [str(number) for number in finished if number not in run.metrics.index]:
         run.notes.append(f"The games of these iterations are missing: {', '.join(lost)}.")
@@ -166,11 +159,10 @@ def _read_iteration(run: Run, number: int):
 
 def _measure(pairs: Table) -> pandas.DataFrame:
     """
-    What the figures show of pairs, by kind and side: `lengths` in tokens, the opponent's log-prob per token (`logps`),
-    and its `changes` until the next opponent, which are still unknown.
+    What the figures show of pairs, by kind and side: `lengths` in tokens, and the opponent's log-prob per token
+    (`logps`).
     """
-    texts = (hash(ids.tobytes()) for part in pairs["real_ids"].chunks for ids in part.to_numpy(zero_copy_only=False))
-    measures = {("ids", "real"): np.fromiter(texts, np.int64), ("changes", "real"): np.nan}
+    measures = {}
     # In a pair that is not played, the real completion is scored in place of the generated one as well
     for side, scored in {"real": True, "generated": pairs["played"].to_pandas()}.items():
         lengths = compute.list_value_length(pairs[f"{side}_ids"]).to_pandas()

@@ -18,10 +18,13 @@ import re
 import shutil
 import tomllib
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from pprint import pformat
 from typing import Any
 
 import pandas
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tqdm.auto import tqdm
 from transformers.utils import is_rich_available
 
@@ -87,6 +90,14 @@ def show_table(title: str, rows: list[list[str]], justify: str = "left"):
         table.add_row(*map(Text, row))
     with tqdm.external_write_mode():
         Console().print(table)
+
+
+def render(template: str, **facts: Any) -> str:
+    """What one of the package's templates says of these facts, for people."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parents[1]), undefined=StrictUndefined)
+    environment.filters |= {"count": "{:,}".format, "short": tqdm.format_sizeof, "duration": tqdm.format_interval}
+    environment.filters["quote"] = partial(pformat, width=66)
+    return environment.get_template(template).render(facts)
 
 
 def printable(text: str) -> str:
