@@ -20,6 +20,7 @@ import runpy
 import shlex
 import sys
 import textwrap
+from argparse import Namespace
 from importlib.resources import files
 from pathlib import Path
 
@@ -185,6 +186,29 @@ def test_quickstart_with_two_seeds(tiny_defaults, capsys, monkeypatch):
         first, second = (rows[i]["nll"] for rows in runs)
         assert cells[1] == pytest.approx(((first + second) / 2, abs(first - second) / 2), abs=6e-4)
     assert table[6].startswith("Self-play took the share of valid answers from")
+
+
+def test_the_study_gives_its_arms_the_same_compute(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "evidence")
+    import common
+    import subset_sums
+
+    arms = ["more SFT", "rejection sampling", "self-play", "verified self-play"]
+    options = {"stage": "validate", "arms": arms, "rounds": 2, "start_rows": 512, "num_held_out": 16}
+    monkeypatch.setattr(subset_sums, "options", Namespace(**options, output_dir=tmp_path), raising=False)
+    for name, value in {"PROMPTS": 64, "BATCH": 32, "RATES": (1e-3,), "quiet": lambda: None}.items():
+        monkeypatch.setattr(subset_sums, name, value)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    subset_sums.main()
+    results = {row["arm"]: row for row in common.read("subset_sums_validate")}
+    assert [*results] == ["start", *arms] and all(0 <= row["right at 1"] <= 1 for row in results.values())
+    # The completions of an untrained model are as long as they may be, and wrong
+    flops = {arm: row["flops"] for arm, row in results.items()}
+    assert flops["more SFT"] == pytest.approx(flops["self-play"], rel=0.1)
+    assert flops["verified self-play"] == pytest.approx(flops["self-play"], rel=0.1)
+    assert 0 == flops["start"] < flops["rejection sampling"]
+    subset_sums.main()  # what is there is not run again
+    assert len(common.read("subset_sums_validate")) == 5
 
 
 def test_the_readme_is_tested():
