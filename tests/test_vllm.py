@@ -106,7 +106,7 @@ def test_a_run_with_vllm(tmp_path, log, adapter, monkeypatch):
     assert generated(tmp_path, 0) != generated(tmp_path, 1)
     assert not list(Path(trainer.args.output_dir).glob(".opponent*"))
     told = [json.loads(line) for line in log.read_text().splitlines()] if PYTHON is None else []
-    assert PYTHON or len(told) == 3  # for the trial run, and for each round
+    assert PYTHON or len(told) == 2  # for each round
     for options in told:
         assert options["dtype"] == "float32" and options["max_model_len"] == 40 and options["skip_tokenizer_init"]
         assert tuple(map(options.get, ("enable_lora", "max_lora_rank", "max_num_seqs"))) == lora
