@@ -194,9 +194,10 @@ def test_the_study_gives_its_arms_the_same_compute(tmp_path, monkeypatch):
     import subset_sums
 
     arms = ["more SFT", "rejection sampling", "self-play", "verified self-play"]
-    options = {"stage": "validate", "arms": arms, "rounds": 2, "start_rows": 512, "num_held_out": 16}
+    options = {"stage": "validate", "arms": arms, "rates": [1e-3], "rounds": 2}
+    options |= {"start_rows": 512, "num_held_out": 16}
     monkeypatch.setattr(subset_sums, "options", Namespace(**options, output_dir=tmp_path), raising=False)
-    for name, value in {"PROMPTS": 64, "BATCH": 32, "RATES": (1e-3,), "quiet": lambda: None}.items():
+    for name, value in {"PROMPTS": 64, "BATCH": 32, "quiet": lambda: None}.items():
         monkeypatch.setattr(subset_sums, name, value)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     subset_sums.main()

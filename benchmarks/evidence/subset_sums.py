@@ -165,7 +165,7 @@ def main():
         return print(measure(start(), make_rows(options.num_held_out, seed=STAGES["validate"]), 0))
     plan = [{"arm": "start", "rate": 0.0, "seed": 0}]
     if options.stage == "validate":
-        plan += [{"arm": arm, "rate": rate, "seed": 0} for arm in options.arms for rate in RATES]
+        plan += [{"arm": arm, "rate": rate, "seed": 0} for arm in options.arms for rate in options.rates]
     elif options.stage == "ablate":
         plan = [{"arm": arm, "rate": 3e-4, "seed": 0} for arm in ABLATIONS]
         plan[1:1] = [{"arm": "verified, batches of 256", "rate": rate, "seed": 0} for rate in (1e-4, 3e-5)]
@@ -185,6 +185,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="Learning rates to validate.")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--num_seeds", type=int, default=5)
     parser.add_argument("--num_held_out", type=int, default=4000)
