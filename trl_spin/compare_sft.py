@@ -92,7 +92,8 @@ class CompareSFTCallback(TrainerCallback):
     def count_passes(self, last: int) -> tuple[Dataset, float]:
         """
         The rows that were played on up to an iteration, and how many passes of SFT over them take as many FLOPs: for
-        each token 2N in generation and scoring, and 4N more in training, or 2N where an adapter is trained.
+        each token 2N in generation and scoring, and 4N more in training, or 2N where an adapter is trained. Pairs that
+        are left out count as if they were played, in favour of SFT.
         """
         train, output_dir, flops = self.game.train, self.trainer.args.output_dir, 0  # in units of 2N
         of_training = 2 if isinstance(self.trainer.model, PeftModel) else 3
