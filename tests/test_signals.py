@@ -662,7 +662,7 @@ def test_sft_with_the_same_compute_stands_beside_self_play_and_changes_nothing_o
     assert arms[0]["num_train_epochs"] == pytest.approx(cost / forwards / tokens, abs=0.01)
     assert arms[0]["steps"] == round(3 * cost / forwards / tokens)
     for text in ((run / "README.md").read_text(), write_report(run).read_text()):
-        assert "SFT, compute of 2 iterations, 0.01<" in text.replace(" |", "<")
+        assert "SFT instead, 0.01<" in text.replace(" |", "<")
     assert "with the best of 2 learning rates (0.01)" in capsys.readouterr().out
     assert (
         not {path.name for path in run.iterdir()} - {path.name for path in (tmp_path / "plain").iterdir()} - {"report"}

@@ -21,7 +21,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from .callbacks import SelfPlayCallback
@@ -79,7 +79,7 @@ class CompareSFTCallback(TrainerCallback):
             stop.signum, _ = stop.agree()
             if stop.signum:
                 break
-            arm = {"iteration": f"SFT, compute of {last + 1} iterations, {rate:g}", "last": last, "steps": steps}
+            arm = {"iteration": f"SFT instead, {rate:g}", "last": last, "steps": steps}
             arm |= {"learning_rate": rate, "num_train_epochs": round(passes, 2)}
             arms.append(arm | self.self_play.measure(last))
         self.best_iteration.load(last, "compare_sft")
@@ -125,6 +125,7 @@ class CompareSFTCallback(TrainerCallback):
             config = SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True})
             arm = Arm(model, config, train_dataset=rows, processing_class=trainer.processing_class)
             arm.stop = self.processes.stop
+            arm.remove_callback(PrinterCallback)
             arm.train()
 
 
