@@ -37,14 +37,11 @@ import re
 import sys
 import traceback
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 
 from yaml import YAMLError
 
 
-# Other commands than a run, each the `main` of a module
-COMMANDS = {"report": ".report.page"}
 RECIPES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 __doc__ += "\nRecipes, each described at its head:\n"
 __doc__ += "".join(f"  {name:16} {Path(path).read_text().splitlines()[0][2:]}\n" for name, path in RECIPES.items())
@@ -175,6 +172,13 @@ def parse_own(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[ar
     return parser.parse_known_args(arguments)
 
 
+def report(arguments: list[str]):
+    """`trl-spin report`: the report of a run."""
+    from .report.page import main as write
+
+    write(arguments)
+
+
 def generate(arguments: list[str]):
     """`trl-spin generate`: a share of a round, for a run that finds it on disk."""
     parser = argparse.ArgumentParser(prog="trl-spin generate", description=generate.__doc__, allow_abbrev=False)
@@ -205,10 +209,8 @@ def main():
     # peft imports bitsandbytes, which misses a kernel for weights in 4 bits, also where nothing is quantized
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        if arguments[0] in COMMANDS:
-            import_module(COMMANDS[arguments[0]], "trl_spin").main(arguments[1:])
-        elif arguments[0] in ("generate", "probe"):
-            {"generate": generate, "probe": probe}[arguments[0]](arguments[1:])
+        if command := {"report": report, "generate": generate, "probe": probe}.get(arguments[0]):
+            command(arguments[1:])
         elif parsed := parse(arguments):
             run(make_trainer(*parsed), parsed[0].dataset_name)
     except KeyboardInterrupt:
