@@ -22,8 +22,7 @@ if [ "${1-}" = --wheels ]; then
 fi
 temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
-packages=site-packages # by this name, dill (of datasets) knows what is installed
-site=$temporary/$packages
+site=$temporary/site-"packages" # by this name, dill (of datasets) knows what is installed
 if compgen -G "$wheels/*.whl" > /dev/null; then
     python3 -m pip install -q --no-index --no-deps --target "$site" "$wheels"/*.whl
 fi
