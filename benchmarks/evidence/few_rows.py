@@ -24,17 +24,18 @@ minimum of the held-out likelihood; from there on, each arm plays or trains for 
 
 import argparse
 import copy
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import subset_sums
+import torch
 from common import Player, quiet, read, run_all
 from datasets import Dataset
-from subset_sums import STAGES, TEMPERATURES, is_right, make_rows, start
+from subset_sums import STAGES, TEMPERATURES, best_of, is_right, make_rows, start
 from transformers import set_seed
 
 
-NUM_ROWS, BATCH, ROUNDS, RATES = 400, 64, 10, (3e-5, 1e-4, 3e-4)
+NUM_ROWS, BATCH, RATES = 400, 64, (3e-5, 1e-4, 3e-4)
 
 
 def ascending(rows: Dataset) -> Dataset:
@@ -42,6 +43,10 @@ def ascending(rows: Dataset) -> Dataset:
         return row | {"completion": " " + " ".join(sorted(row["completion"].split(), key=int))}
 
     return rows.map(sort)
+
+
+def rows_of(seed: int) -> Dataset:
+    return ascending(make_rows(NUM_ROWS, seed=2000 + seed))
 
 
 def is_fine(prompt: str, completion: str) -> bool:
@@ -61,31 +66,24 @@ def measure(player: Player, rows: Dataset, seed: int) -> dict[str, float]:
     return result
 
 
-def best_sft(rows: Dataset, held_out: Dataset, seed: int) -> Player:
-    """SFT on the rows, pass by pass, to the lowest held-out NLL: patience of three passes."""
+@cache
+def best_sft(seed: int) -> dict[str, torch.Tensor]:
+    """Weights after SFT on the seed's rows, pass by pass, to the lowest held-out NLL: patience of three passes."""
+    rows, held_out = rows_of(seed), ascending(make_rows(1000, seed=3))  # not those on which arms are compared
     player, best, since = start(), None, 0
     set_seed(seed)
     while since < 3:
         player.sft(rows, 3e-4, seed, per_device_train_batch_size=BATCH)
         nll = player.nll(held_out)
         if best is None or nll < best[0]:
-            best, since = (nll, copy.deepcopy(player.model)), 0
+            best, since = (nll, copy.deepcopy(player.model.state_dict())), 0
         else:
             since += 1
-    return Player(best[1], player.tokenizer, player.max_completion_length)
+    return best[1]
 
 
-def sft(player: Player, rows: Dataset, rate: float, seed: int, **more):
-    """As many FLOPs as plain self-play with one pass in each round."""
-    pair = 2 * (8 + 4) + 8 * (8 + 2 * 4)
-    player.sft(rows, rate, seed, player.size * pair * ROUNDS * len(rows), per_device_train_batch_size=BATCH, **more)
-
-
-def play(player: Player, rows: Dataset, rate: float, seed: int, pair_filter=None, **more):
-    args = {"num_self_play_iterations": ROUNDS, "learning_rate": rate, "per_device_train_batch_size": BATCH}
-    player.play(rows, None, seed, pair_filter, **(args | {"warmup_steps": 0} | more))
-
-
+sft = partial(subset_sums.sft, num_prompts=NUM_ROWS, per_device_train_batch_size=BATCH)
+play = partial(subset_sums.play, prompts_per_iteration=None, per_device_train_batch_size=BATCH)
 ARMS = {
     "more SFT": sft,
     "DFT": partial(sft, loss_type="dft"),
@@ -96,22 +94,18 @@ ARMS = {
 
 
 def run(arm: str, rate: float, seed: int) -> dict[str, float]:
-    rows = ascending(make_rows(NUM_ROWS, seed=2000 + seed))
-    # Another set than that on which arms are compared
-    player = best_sft(rows, ascending(make_rows(1000, seed=3)), seed)
+    player = start()
+    player.model.load_state_dict(best_sft(seed))
     if arm != "start":
-        ARMS[arm](player, rows, rate, seed)
+        ARMS[arm](player, rows_of(seed), rate, seed)
     return measure(player, ascending(make_rows(4000, seed=STAGES[options.stage])), seed)
-
-
-def best_of(row: dict) -> float:
-    return max(row[f"right at {temperature:g}"] for temperature in TEMPERATURES)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["validate", "test"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output_dir", type=Path, default=Path("evidence"), help="Where the start is kept.")
     options = subset_sums.options = parser.parse_args()
     quiet()

@@ -94,12 +94,12 @@ def play(player: Player, rows: Dataset, rate: float, seed: int, pair_filter=None
     player.play(rows, None, seed, pair_filter, **(args | more))
 
 
-def sft(player: Player, rows: Dataset, rate: float, seed: int, **more):
+def sft(player: Player, rows: Dataset, rate: float, seed: int, num_prompts: int = PROMPTS, **more):
     """As many FLOPs as plain self-play: 2(P + G) + 8(P + R + G) for each pair, where a row of SFT counts 6(P + R)."""
     prompt, completion = NUM_GIVEN + 3, NUM_CHOSEN + 1
     flops = 2 * (prompt + completion) + 8 * (prompt + 2 * completion)
-    flops *= player.size * options.rounds * PROMPTS
-    player.sft(rows, rate, seed, flops, per_device_train_batch_size=BATCH, **more)
+    flops *= player.size * options.rounds * num_prompts
+    player.sft(rows, rate, seed, flops, **({"per_device_train_batch_size": BATCH} | more))
 
 
 def rejection(player: Player, rows: Dataset, rate: float, seed: int):
@@ -125,17 +125,17 @@ ARMS = {
 }
 # What matters in verified self-play: one thing is changed at a time
 VERIFIED = partial(play, pair_filter=wrong_ones)
+LONG = partial(VERIFIED, prompts_per_iteration=10 * PROMPTS, num_self_play_iterations=6)
+# In a round of one step, all losses have the same gradient, up to a factor that Adam removes: they differ in longer ones
 ABLATIONS = {
     "verified, batches of 256": partial(VERIFIED, per_device_train_batch_size=256),
     "verified, optimizer reset in each round": partial(VERIFIED, reset_optimizer_state=True),
-    "verified, 6 rounds of 10 steps": partial(
-        VERIFIED, prompts_per_iteration=10 * PROMPTS, num_self_play_iterations=6
-    ),
     "verified, 1 round of 60 steps": partial(VERIFIED, prompts_per_iteration=60 * PROMPTS, num_self_play_iterations=1),
-    "verified, λ = 0.1": partial(VERIFIED, beta=0.1),
-    "verified, λ = 5": partial(VERIFIED, beta=5.0),
-    "verified, correlation loss": partial(VERIFIED, loss_type=["correlation"]),
-    "verified, hinge loss": partial(VERIFIED, loss_type=["hinge"]),
+    "verified, 6 rounds of 10 steps": LONG,
+    "verified, 6 rounds of 10 steps, λ = 0.1": partial(LONG, beta=0.1),
+    "verified, 6 rounds of 10 steps, λ = 5": partial(LONG, beta=5.0),
+    "verified, 6 rounds of 10 steps, correlation loss": partial(LONG, loss_type=["correlation"]),
+    "verified, 6 rounds of 10 steps, hinge loss": partial(LONG, loss_type=["hinge"]),
 }
 
 
