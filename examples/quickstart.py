@@ -60,7 +60,7 @@ parser.add_argument("--num_seeds", type=int, default=1, help="Repeat with other 
 parser.add_argument("--num_rows", type=int, default=6000, help="Training rows.")
 parser.add_argument("--num_held_out", type=int, default=1000, help="Held-out prompts.")
 parser.add_argument("--output_dir", help="Where to keep the self-play runs. By default they are temporary.")
-parser.add_argument("--loss_type", default="sigmoid", help="Objective, see the README.")
+parser.add_argument("--loss_type", default="sigmoid", help="Objective, see docs/objectives.md.")
 parser.add_argument("--beta", type=float, default=5.0, help="λ")
 # Larger learning rates and smaller λ gain faster at first, then overshoot
 parser.add_argument("--learning_rate", type=float, nargs="+", default=[3e-4, 3e-4, 1.5e-4], help="Of each iteration.")

@@ -12,17 +12,23 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Every block of the README, every recipe and every file in `examples/`, unchanged, on tiny models and data of the same names."""
+"""
+Every block of the README and of `docs/`, every recipe and every file in `examples/`, unchanged, on tiny models and data
+of the same names; and what the pages link to.
+"""
 
 import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import textwrap
 from argparse import Namespace
+from configparser import ConfigParser
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 
 import pytest
 import yaml
@@ -36,16 +42,24 @@ from trl_spin.__main__ import RECIPES, main
 
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = [(m[2], textwrap.dedent(m[3])) for m in re.finditer(r"^( *)```(\w+)\n(.*?)^\1```", README, re.M | re.S)]
-PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = [
-    shlex.split(line)
-    for language, code in BLOCKS
-    if language == "bash"
-    for line in code.replace("\\\n", " ").splitlines()
-    if line.startswith(("trl-spin ", "accelerate launch "))
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.M | re.S)
+BLOCKS = [(page, m[2], textwrap.dedent(m[3])) for page, text in PAGES.items() for m in BLOCK.finditer(text)]
+PYTHON_BLOCKS = [
+    pytest.param(code, id=f"{page.stem}: {code.splitlines()[-1][:40]}")
+    for page, kind, code in BLOCKS
+    if kind == "python"
 ]
+BASH_BLOCKS = [code for _, kind, code in BLOCKS if kind == "bash"]
+JOB = {"T": "0", "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "16"}
+# The arguments of `trl-spin`, those of a launcher left out. The recipes have a test of their own
+COMMANDS = {
+    re.sub(r"^accelerate launch .*? -m trl_spin |^trl-spin ", "", line)
+    for code in BASH_BLOCKS
+    for line in Template(code.replace("\\\n", " ")).safe_substitute(JOB).splitlines()
+    if line.startswith(("trl-spin ", "accelerate launch "))
+} - {f"--config {name}" for name in RECIPES}
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
 # What makes a 7B model on a GPU a toy on a CPU
 TINY = {"use_cpu": True, "max_length": 256, "max_completion_length": 8, "logging_steps": 1, "disable_tqdm": True}
 TINY["write_report"] = False
@@ -92,6 +106,9 @@ def hub(tmp_path, monkeypatch):
             f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n"
         )
     Dataset.from_list(questions).to_json(tmp_path / "train.jsonl")
+    ultrachat = {"dataset_name": "HuggingFaceH4/ultrachat_200k", "dataset_train_split": "train_sft"}
+    recipe = {"model_name_or_path": zephyr, **ultrachat, "num_self_play_iterations": 1, "output_dir": "recipe"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -128,18 +145,23 @@ def iterations(directory):
     return sorted(path.name for path in Path(directory).glob("*/iteration-*") if path.parent.name != "self_play")
 
 
-@pytest.mark.parametrize("code", PYTHON_BLOCKS, ids=lambda code: code.splitlines()[-1][:40])
-def test_python_blocks_of_the_readme(code, hub, tiny_defaults):
+@pytest.mark.parametrize("code", PYTHON_BLOCKS)
+def test_python_blocks(code, hub, tiny_defaults):
     make_model(make_tokenizer(ZEPHYR), hidden_size=64).save_pretrained(hub / "zephyr-7b-spin" / "iteration-3")
     make_tokenizer(ZEPHYR).save_pretrained(hub / "zephyr-7b-spin" / "iteration-3")
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command)[:60])
-def test_commands_of_the_readme(command, hub, monkeypatch):
-    arguments = command[1:] if command[0] == "trl-spin" else command[command.index("trl_spin") + 1 :]
-    run_command(monkeypatch, arguments)
-    assert iterations(hub)
+@pytest.mark.parametrize("command", sorted(COMMANDS), ids=lambda command: command[:60])
+def test_commands(command, hub, monkeypatch, capsys):
+    arguments = shlex.split(command)
+    run_command(monkeypatch, arguments + ["--held_out_size", "4"] * ("--held_out_size" in arguments))
+    if arguments[0] == "probe":
+        assert "SFT" in capsys.readouterr().out
+    elif arguments[0] == "generate":
+        assert [*hub.glob("recipe/self_play/iteration-0/*")]
+    else:
+        assert iterations(hub)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -212,8 +234,43 @@ def test_the_study_gives_its_arms_the_same_compute(tmp_path, monkeypatch):
     assert len(common.read("subset_sums_validate")) == 5
 
 
-def test_the_readme_is_tested():
-    assert len(PYTHON_BLOCKS) >= 3 and len(COMMANDS) >= 4
-    for path in re.findall(r"\]\((?!http)([\w./-]+)\)", README):
-        assert (ROOT / path).exists(), path
+def test_all_blocks_are_found():
+    assert len(PYTHON_BLOCKS) >= 6 and len(COMMANDS) >= 7
+    for code in BASH_BLOCKS:
+        subprocess.run(["bash", "-n"], input=code, text=True, check=True)
+    for _, language, code in BLOCKS:
+        assert language in ("", "bash", "bibtex", "python", "text", "yaml")
+        assert language != "yaml" or yaml.safe_load(code)
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def anchors(path):
+    """Anchors of the headings of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", path.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_somewhere():
+    others = [ROOT / "docs" / "llms.txt", *(ROOT / "benchmarks").rglob("README.md")]
+    for page in [*PAGES, *others]:
+        for path, anchor in LINK.findall(BLOCK.sub("", page.read_text())):
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists() and ROOT in target.parents, (page.name, path)
+            assert not anchor or anchor in anchors(target), (page.name, path, anchor)
+
+
+def test_the_readme_is_a_page_and_the_rest_is_found():
+    assert len((ROOT / "README.md").read_bytes()) <= 10_000
+    pages = {path.name for path in PAGES} - {"README.md"}
+    for listing in ("docs/llms.txt", "docs/index.md", "mkdocs.yml"):
+        listed = {*re.findall(r"(?<=[( ])\w+\.md", (ROOT / listing).read_text())} | {"index.md"}
+        assert pages <= listed, listing
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "running.md").read_text().split("## In Python")[0], re.M)
+    assert sorted(extras) == sorted(setup["options.extras_require"])
+
+
+def test_the_page_of_options_is_that_of_the_config():
+    page = runpy.run_path(str(ROOT / "docs" / "options.py"))["page"]()
+    assert page == (ROOT / "docs" / "options.md").read_text(), "run `python docs/options.py`"
