@@ -101,9 +101,18 @@ class Player:
         self.flops += self.sft_flops(rows) * steps * batch_size / len(rows)
 
     def play(
-        self, rows: Dataset, held_out: Dataset | None, seed: int, pair_filter: Callable | None = None, **options: Any
+        self,
+        rows: Dataset,
+        held_out: Dataset | None,
+        seed: int,
+        pair_filter: Callable | None = None,
+        after: Callable[["Player"], None] | None = None,
+        **options: Any,
     ):
-        """SPINTrainer on rows. Generation counts 2N for each token, scoring 2N and training 6N for each token of a pair."""
+        """
+        SPINTrainer on rows. Generation counts 2N for each token, scoring 2N and training 6N for each token of a pair.
+        In the end, `after` gets the player as of each iteration.
+        """
         defaults = {"per_device_train_batch_size": 64, "num_train_epochs": 1, "num_probes": 0, "write_report": False}
         defaults |= {
             "precompute_ref_batch_size": 256,
@@ -123,6 +132,9 @@ class Player:
                 if path.is_file():
                     self.history.append(json.loads(path.read_text()))
                     self.flops += self._game_flops(trainer, self.history[-1], args)
+                    if after is not None:
+                        model = LlamaForCausalLM.from_pretrained(path.parent)
+                        after(Player(model, self.tokenizer, self.max_completion_length))
 
     def _game_flops(self, trainer: SPINTrainer, record: dict[str, float], args: SPINConfig) -> float:
         rows = trainer.game.train
