@@ -16,8 +16,8 @@
 Questions A and D: a model that is deployed with a low temperature repeats itself and does not come to an end. Do opponents
 decoded at that temperature cure it, or opponents of which only those without an end are played?
 
-The text is GSM8K's: of a problem, the first sentence is the prompt, and what follows the completion. A model of half a
-million parameters is trained to its lowest held-out NLL.
+The text is GSM8K's: of a problem, the first sentence is the prompt, and what follows the completion. A model of a
+quarter of a million parameters is trained to its lowest held-out NLL.
 
     python benchmarks/evidence/repetition.py start --data train.jsonl      # GSM8K's file
     python benchmarks/evidence/repetition.py validate --data train.jsonl
@@ -40,7 +40,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 MAX_COMPLETION_LENGTH, TEMPERATURES = 128, (0.0, 0.5, 1.0)
 ROUNDS, PROMPTS, BATCH, RATES = 3, 384, 64, (3e-5, 1e-4, 3e-4)
-NUM_HELD_OUT, NUM_START = 400, 4000
+NUM_HELD_OUT, NUM_START = 300, 4000
 NLL_MARGIN = 0.05  # a rate whose model is further above the start's NLL than that is not chosen
 
 
@@ -64,7 +64,7 @@ def make_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=512, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator([*rows["prompt"], *rows["completion"]], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
@@ -96,12 +96,12 @@ def measure(player: Player, rows: Dataset, seed: int) -> dict[str, float]:
 def start() -> Player:
     """SFT to the lowest held-out NLL, with a patience of two passes."""
     tokenizer, path = make_tokenizer(ROWS["start"]), options.output_dir / "repetition-start"
-    player = Player(make_llama(tokenizer, 96, 3, 512, seed=0), tokenizer, MAX_COMPLETION_LENGTH)
+    player = Player(make_llama(tokenizer, 64, 3, 512, seed=0), tokenizer, MAX_COMPLETION_LENGTH)
     if not path.exists():
         set_seed(0)
         best, since = (float("inf"), None), 0
         while since < 2:
-            player.sft(ROWS["start"], 1e-3, 0, per_device_train_batch_size=32)
+            player.sft(ROWS["start"], 2e-3, 0, per_device_train_batch_size=64)
             nll, since = player.nll(ROWS["stop"], batch_size=64), since + 1
             print(f"{nll:.4f}", flush=True)
             if nll < best[0]:
