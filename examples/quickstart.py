@@ -13,17 +13,16 @@
 # limitations under the License.
 
 """
-Self-play fine-tuning from scratch, in a few minutes on a CPU, without network access.
+Verified self-play from scratch, in a few minutes on a CPU, without network access.
 
-The task: given six letters, write them in any order, each once ("bdfkmp=" -> "kdbpfm"). There are 720 valid answers
-per prompt, and the data has one of them. A model can repeat a letter, forget one or use another; a program can check
-this.
+The task: of four numbers, name two that add up to a given one ("17 4 15 9 = 24 :" -> "15 9"). A program recognizes wrong
+answers, and that is all it takes: the model plays against its own wrong answers.
 
-1. TRL's SFTTrainer trains a small random Llama for one epoch on 6,000 such rows.
-2. SPINTrainer plays three iterations on the same rows.
-3. For comparison, the same SFT model gets more SFT instead, with the same compute as the three iterations.
+1. TRL's SFTTrainer trains a small random Llama until more of it gives next to nothing.
+2. SPINTrainer plays on the same rows: many short rounds, in which right answers are left out (`pair_filter`).
+3. For comparison, the same SFT model gets more SFT instead, with as much compute as plain self-play would have taken.
 
-It prints what it measured on 1,000 held-out prompts:
+It prints the share of right answers to 4,000 held-out prompts:
 
 ```bash
 python examples/quickstart.py                # one run
@@ -33,40 +32,32 @@ python examples/quickstart.py --output_dir quickstart && trl-spin report quickst
 """
 
 import argparse
-import json
-import math
 import random
 import statistics
-import string
 import tempfile
 
 import datasets
 import torch
 import transformers
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_spin import SPINConfig, SPINTrainer
 
 
-ALPHABET, NUM_LETTERS = string.ascii_lowercase[:16], 6
-MAX_COMPLETION_LENGTH = 10
-
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--num_self_play_iterations", type=int, default=3)
+parser.add_argument("--num_rounds", type=int, default=100, help="Iterations of self-play, of one step each.")
 parser.add_argument("--num_seeds", type=int, default=1, help="Repeat with other data, weights and samples.")
-parser.add_argument("--num_rows", type=int, default=6000, help="Training rows.")
-parser.add_argument("--num_held_out", type=int, default=1000, help="Held-out prompts.")
+parser.add_argument("--num_rows", type=int, default=40_000, help="Training rows.")
+parser.add_argument("--num_held_out", type=int, default=4000, help="Held-out prompts.")
+parser.add_argument("--num_epochs", type=int, default=16, help="Of SFT.")
 parser.add_argument("--output_dir", help="Where to keep the self-play runs. By default they are temporary.")
-parser.add_argument("--loss_type", default="sigmoid", help="Objective, see docs/objectives.md.")
-parser.add_argument("--beta", type=float, default=5.0, help="λ")
-# Larger learning rates and smaller λ gain faster at first, then overshoot
-parser.add_argument("--learning_rate", type=float, nargs="+", default=[3e-4, 3e-4, 1.5e-4], help="Of each iteration.")
 options = parser.parse_args()
 
-# Everything runs in float32 on the CPU, on rows of about the same length
+LARGEST, BATCH_SIZE, MAX_COMPLETION_LENGTH = 20, 1024, 3
+# Everything runs in float32 on the CPU, on rows of the same length
 COMMON = {
     "use_cpu": True,
     "bf16": False,
@@ -75,34 +66,40 @@ COMMON = {
     "logging_strategy": "no",
     "save_strategy": "no",
     "report_to": "none",
+    "per_device_train_batch_size": BATCH_SIZE,
 }
 
 
-# ---- Data, tokenizer, model ----
+# ---- Data, checker, tokenizer, model ----
 
 
-def make_data(rng: random.Random) -> tuple[Dataset, Dataset]:
-    """Training and held-out rows, with no prompt in common."""
-    prompts = {}
-    while len(prompts) < options.num_held_out + options.num_rows:
-        letters = rng.sample(ALPHABET, NUM_LETTERS)
-        prompts["".join(sorted(letters)) + "="] = "".join(letters)
-        if len(prompts) == math.comb(len(ALPHABET), NUM_LETTERS):
-            break
-    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in prompts.items()]
-    rng.shuffle(rows)
-    return Dataset.from_list(rows[options.num_held_out :]), Dataset.from_list(rows[: options.num_held_out])
+def make_data(num_rows: int, rng: random.Random) -> Dataset:
+    rows = []
+    for _ in range(num_rows):
+        given = rng.sample(range(1, LARGEST + 1), 4)
+        chosen = rng.sample(given, 2)
+        prompt = f"{' '.join(map(str, given))} = {sum(chosen)} :"
+        rows.append({"prompt": prompt, "completion": " " + " ".join(map(str, chosen))})
+    return Dataset.from_list(rows)
 
 
-def is_valid(prompt: str, completion: str) -> bool:
-    return "".join(sorted(completion)) + "=" == prompt
+def is_right(prompt: str, completion: str) -> bool:
+    """Whether these are two different ones of the prompt's numbers, and add up."""
+    given, total = prompt.removesuffix(" :").split(" = ")
+    chosen = completion.split()
+    fits = len(chosen) == 2 == len(set(chosen)) and set(chosen) <= set(given.split())
+    return fits and sum(map(int, chosen)) == int(total)
+
+
+def wrong_ones(prompts: list[str], completions: list[str], real: list[str]) -> list[bool]:
+    """The pairs to play: those whose generated completion is wrong."""
+    return [not is_right(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "=", *ALPHABET])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # one token per character
-    backend.decoder = decoders.Fuse()
+    words = ["<pad>", "<eos>", "=", ":", *map(str, range(1, 2 * LARGEST))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
@@ -110,11 +107,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=192,
+            hidden_size=16,
+            intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=4,
-            num_key_value_heads=4,
             max_position_embeddings=32,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -126,157 +122,94 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 # ---- Training ----
 
 
-def train_sft(model, tokenizer, dataset, num_epochs: int, learning_rate: float, batch_size: int, seed: int) -> str:
+def train_sft(model, tokenizer: PreTrainedTokenizerFast, dataset: Dataset, seed: int, **sft_options) -> str:
     """Trains the model and returns the directory that holds it."""
-    trainer = SFTTrainer(
-        model,
-        args=SFTConfig(
-            tempfile.mkdtemp(),
-            num_train_epochs=num_epochs,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=batch_size,
-            warmup_steps=0.1,
-            seed=seed,
-            **COMMON,
-        ),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-    )
+    args = SFTConfig(tempfile.mkdtemp(), seed=seed, **COMMON, **sft_options)
+    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
-    return trainer.args.output_dir
+    return args.output_dir
 
 
-def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
-    """Runs self-play from an SFT model and returns the directory that holds the model of each iteration."""
+def play(model_path: str, dataset: Dataset, seed: int) -> str:
+    """Plays against wrong answers, and returns the directory of the last model."""
     args = SPINConfig(
         f"{options.output_dir}/seed-{seed}" if options.output_dir else tempfile.mkdtemp(),
-        num_self_play_iterations=options.num_self_play_iterations,
-        num_train_epochs=3,
-        loss_type=options.loss_type,
-        learning_rate=options.learning_rate,
-        beta=options.beta,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=256,
-        precompute_ref_batch_size=256,
+        num_self_play_iterations=options.num_rounds,
+        prompts_per_iteration=BATCH_SIZE,  # one step, then a fresh opponent: what pays are many small steps
+        num_train_epochs=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        reset_optimizer_state=False,  # Adam's averages live for longer than a round
+        precompute_ref_batch_size=BATCH_SIZE,
         max_completion_length=MAX_COMPLETION_LENGTH,
-        train_sampling_strategy="random",  # all rows are about as long: there is nothing to group
-        warmup_steps=0.1,
+        train_sampling_strategy="random",  # all rows are as long: there is nothing to group
+        num_probes=0,
         seed=seed,
-        **(COMMON | {"logging_strategy": "steps", "logging_steps": 10}),
+        **COMMON,
     )
-    trainer = SPINTrainer(model_path, args=args, train_dataset=dataset, eval_dataset=held_out)
+    trainer = SPINTrainer(model_path, args=args, train_dataset=dataset, pair_filter=wrong_ones)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return args.output_dir
+    return f"{args.output_dir}/iteration-{options.num_rounds - 1}"
 
 
 # ---- Measurements on held-out prompts ----
 
 
 @torch.no_grad()
-def measure(model, tokenizer, held_out, seed: int) -> dict[str, float]:
-    """Share of valid answers among samples, and negative log-likelihood of the real completions in nats per token."""
+def measure(model_path: str, tokenizer: PreTrainedTokenizerFast, held_out: Dataset, seed: int) -> dict[str, float]:
+    """Share of right answers, decoded greedily and sampled, and the NLL of the real completions in nats per token."""
     torch.manual_seed(seed)
-    model.eval()
+    model = LlamaForCausalLM.from_pretrained(model_path).eval()
     prompts = torch.tensor(tokenizer(held_out["prompt"][:])["input_ids"])  # all of one length
-    samples = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=MAX_COMPLETION_LENGTH,
-    )[:, prompts.size(1) :]
-    completions = tokenizer.batch_decode(samples, skip_special_tokens=True)
+    result = {}
+    for name, sampling in {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "top_k": 0}}.items():
+        ids = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=MAX_COMPLETION_LENGTH, **sampling
+        )
+        texts = tokenizer.batch_decode(ids[:, prompts.size(1) :], skip_special_tokens=True)
+        result[name] = statistics.fmean(map(is_right, held_out["prompt"], texts))
     real = torch.tensor(tokenizer([text + tokenizer.eos_token for text in held_out["completion"]])["input_ids"])
     logits = model(torch.cat([prompts, real], dim=1)).logits[:, prompts.size(1) - 1 : -1]
-    return {
-        "valid": statistics.fmean(map(is_valid, held_out["prompt"], completions)),
-        "nll": torch.nn.functional.cross_entropy(logits.flatten(0, 1), real.flatten()).item(),
-    }
+    return result | {"NLL": torch.nn.functional.cross_entropy(logits.flatten(0, 1), real.flatten()).item()}
 
 
-def run(seed: int) -> list[dict[str, float]]:
-    """One row of measurements for the SFT model and one for each iteration."""
-    print(f"Seed {seed}: supervised fine-tuning on {options.num_rows} rows ...", flush=True)
+def run(seed: int) -> dict[str, dict[str, float]]:
+    """Measurements of the three models."""
+    print(f"Seed {seed}: supervised fine-tuning (SFT) on {options.num_rows} rows ...", flush=True)
     set_seed(seed)
-    dataset, held_out = make_data(random.Random(seed))
-    tokenizer = make_tokenizer()
-    sft_path = train_sft(
-        make_model(tokenizer), tokenizer, dataset, num_epochs=1, learning_rate=2e-3, batch_size=32, seed=seed
-    )
-    start = measure(LlamaForCausalLM.from_pretrained(sft_path), tokenizer, held_out, seed)
-    rows = [{**start, "sft_valid": start["valid"], "sft_nll": start["nll"]}]
-
-    print(f"{options.num_self_play_iterations} iterations of self-play ...", flush=True)
-    output_dir = train_spin(sft_path, dataset, held_out, seed)
-    print("More supervised fine-tuning instead ...", flush=True)
-    more_sft = LlamaForCausalLM.from_pretrained(sft_path)
-    for iteration in range(options.num_self_play_iterations):
-        directory = f"{output_dir}/iteration-{iteration}"
-        with open(f"{directory}/self_play.json") as file:
-            record = json.load(file)
-        model = LlamaForCausalLM.from_pretrained(directory)
-        # An iteration trains on 2 sequences per row in 3 passes, generates and scores them: as much as 7 epochs of SFT
-        train_sft(more_sft, tokenizer, dataset, num_epochs=7, learning_rate=1e-3, batch_size=64, seed=seed + iteration)
-        baseline = measure(more_sft, tokenizer, held_out, seed + iteration)
-        rows.append(
-            {
-                **measure(model, tokenizer, held_out, seed + iteration),
-                "accuracy": record["eval_rewards/accuracies"],
-                "margin": record["eval_rewards/margins"],
-                "real": record["eval_self_play/mean_length_real"],
-                "generated": record["eval_self_play/mean_length_generated"],
-                "truncated": record["eval_self_play/truncated"],
-                "identical": record["eval_self_play/identical"],
-                "sft_valid": baseline["valid"],
-                "sft_nll": baseline["nll"],
-            }
-        )
-    return rows
+    rng, tokenizer = random.Random(seed), make_tokenizer()
+    dataset, held_out = make_data(options.num_rows, rng), make_data(options.num_held_out, rng)
+    schedule = {"num_train_epochs": options.num_epochs, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
+    sft = train_sft(make_model(tokenizer), tokenizer, dataset, seed, learning_rate=1e-2, **schedule)
+    print(f"{options.num_rounds} rounds of self-play ...", flush=True)
+    played = play(sft, dataset, seed)
+    print("More SFT instead ...", flush=True)
+    # Plain self-play generates, scores and trains on a pair: with 7 tokens of prompt and 3 of a completion, 2.1 rows' worth
+    steps = round(2.1 * options.num_rounds)
+    constant = {"max_steps": steps, "lr_scheduler_type": "constant"}
+    more = train_sft(LlamaForCausalLM.from_pretrained(sft), tokenizer, dataset, seed, learning_rate=3e-4, **constant)
+    models = {"SFT, to its end": sft, "more SFT": more, "self-play against wrong answers": played}
+    return {name: measure(path, tokenizer, held_out, seed) for name, path in models.items()}
 
 
-def print_table(runs: list[list[dict[str, float]]]):
+def print_table(runs: list[dict[str, dict[str, float]]]):
     """Mean over the runs and, with several of them, its standard error."""
-    titles = {
-        "valid": "valid",
-        "nll": "NLL",
-        "accuracy": "accuracy",
-        "margin": "margin",
-        "real": "length real",
-        "generated": "generated",
-        "truncated": "truncated",
-        "identical": "identical",
-        "sft_valid": "valid",
-        "sft_nll": "NLL",
-    }
-    table = [["", *titles.values()]]
-    for i in range(len(runs[0])):
-        table.append(["SFT model" if i == 0 else f"iteration {i - 1}"])
-        for column in titles:
-            values = [rows[i][column] for rows in runs if column in rows[i]]
-            cell = f"{statistics.fmean(values):.3f}" if values else ""
-            if len(values) > 1:
-                cell += f" ±{statistics.stdev(values) / len(values) ** 0.5:.3f}"
-            table[-1].append(cell)
-    for line in table:
-        line.insert(-2, "|")
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print(
-        f"\nHeld-out prompts, {len(runs)} run{'s' if len(runs) > 1 else ''}. Left: self-play. Right: more SFT instead.\n"
+        f"\nRight answers to {options.num_held_out} held-out prompts, {len(runs)} run{'s' if len(runs) > 1 else ''}\n"
     )
-    for line in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-    def mean(i: int, column: str) -> float:
-        return statistics.fmean(rows[i][column] for rows in runs)
-
-    print(
-        f"\nSelf-play took the share of valid answers from {mean(0, 'valid'):.3f} to {mean(-1, 'valid'):.3f} and the NLL "
-        f"from {mean(0, 'nll'):.3f} to {mean(-1, 'nll'):.3f}. More SFT with the same compute took them to "
-        f"{mean(-1, 'sft_valid'):.3f} and {mean(-1, 'sft_nll'):.3f}."
-    )
+    columns = list(next(iter(runs[0].values())))
+    width = 6 if len(runs) == 1 else 13
+    print(" " * 33 + "".join(name.rjust(width + 2) for name in columns))
+    for name in runs[0]:
+        cells = []
+        for column in columns:
+            values = [result[name][column] for result in runs]
+            error = f" ±{statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.3f}{error}".rjust(width + 2))
+        print(name.ljust(33) + "".join(cells))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from .compat import replaced
 
 _MEGA_BATCH = 50
 # Lengths within the same span of tokens count as equal. Sorted to the token, short rows that are alike in other ways
-# too (completions that were cut off or ran on) would share a step: in the quickstart, whose rows have 16 to 24 tokens,
+# too (completions that were cut off or ran on) would share a step: of rows of 16 to 24 tokens (benchmarks/letters.py),
 # training suffered from it
 _LENGTH_SPAN = 32
 _LAYER_TYPES = ("full_attention", "sliding_attention")

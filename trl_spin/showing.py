@@ -101,14 +101,16 @@ class ProbeCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if self.game.schedule.begins(state.global_step):
-            self.probe(args, self.game.iteration)
+            # Of many short iterations, some ten times are shown
+            every = max(1, args.num_self_play_iterations // 10)
+            self.probe(args, self.game.iteration, show=self.game.iteration % every == 0)
 
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         last = self.game.schedule.ended(state.global_step)
         if last is not None and not self.processes.stop.signum:
-            self.probe(args, last + 1)
+            self.probe(args, last + 1, show=True)
 
-    def probe(self, args: SPINConfig, iteration: int):
+    def probe(self, args: SPINConfig, iteration: int, show: bool):
         """Probes the model that an iteration begins with."""
         path = game_dir(args.output_dir, iteration) / PROBES
         if args.num_probes and not self.processes.on_main(read_intact, path, "The prompts are probed again."):
@@ -124,7 +126,7 @@ class ProbeCallback(TrainerCallback):
             ids = rows["real_ids"], completions["generated_ids"]
             probes["real"], probes["generated"] = map(self.game.rules.decode, ids)
             self.processes.write(args.output_dir, write_json, path, {"probes": probes.to_dict("records")})
-        if self.trainer.is_world_process_zero():
+        if show and self.trainer.is_world_process_zero():
             self._show(args, iteration)
 
     def _show(self, args: SPINConfig, iteration: int):
