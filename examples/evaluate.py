@@ -12,6 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "lm-eval[hf]",
+#     "tqdm",
+#     "trl-spin",
+# ]
+# ///
+
 """
 The model of each iteration on tasks of lm-evaluation-harness, in one table. The default tasks are those of the SPIN
 paper: the first Open LLM Leaderboard, with its numbers of shots. The harness has changed since the leaderboard was

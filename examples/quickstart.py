@@ -12,6 +12,18 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "datasets",
+#     "tokenizers",
+#     "torch",
+#     "transformers",
+#     "trl",
+#     "trl-spin",
+# ]
+# ///
+
 """
 Verified self-play from scratch, in a few minutes on a CPU, without network access.
 

@@ -12,6 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "accelerate",
+#     "datasets",
+#     "peft",
+#     "transformers",
+#     "trl-spin",
+# ]
+# ///
+
 """
 SPIN from zephyr-7b-sft-full with the recipe of the paper (arXiv 2401.01335), in Python. The same from a shell, with
 every option on the command line: `trl-spin --config zephyr_7b`.

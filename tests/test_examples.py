@@ -17,6 +17,7 @@ Every block of the README and of `docs/`, every recipe and every file in `exampl
 of the same names; and what the pages link to.
 """
 
+import ast
 import os
 import re
 import runpy
@@ -24,6 +25,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from argparse import Namespace
 from configparser import ConfigParser
 from importlib.resources import files
@@ -34,6 +36,7 @@ import pytest
 import yaml
 from conftest import make_dataset, make_model, make_tokenizer
 from datasets import Dataset
+from packaging.requirements import Requirement
 from trl import DPOConfig
 
 import trl_spin.__main__
@@ -187,6 +190,25 @@ def test_zephyr_script(options, hub, tiny_defaults, monkeypatch):
     assert iterations(hub) == ["iteration-0", "iteration-1", "iteration-2", "iteration-3"]
     weights = {p.name for p in hub.glob("*/iteration-3/*.safetensors")}
     assert weights == {"adapter_model.safetensors" if options else "model.safetensors"}
+
+
+SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*.py")) if "argparse" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_name_what_they_import(path):
+    """So that `uv run examples/quickstart.py` needs no environment."""
+    source = path.read_text()
+    (block,) = re.findall(r"^# /// script\n((?:#(?: .*)?\n)+)# ///$", source, re.M)
+    header = tomllib.loads(re.sub("^# ?", "", block, flags=re.M))
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert header["requires-python"] == setup["options"]["python_requires"]
+    nodes = [*ast.walk(ast.parse(source))]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages = {name.partition(".")[0].replace("_", "-") for name in imported} - {*sys.stdlib_module_names}
+    assert {Requirement(dependency).name for dependency in header["dependencies"]} == packages
 
 
 def test_quickstart_with_two_seeds(tiny_defaults, capsys, monkeypatch):
