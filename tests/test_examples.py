@@ -18,6 +18,7 @@ of the same names; and what the pages link to.
 """
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -32,10 +33,12 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+import nbformat
 import pytest
 import yaml
 from conftest import make_dataset, make_model, make_tokenizer
 from datasets import Dataset
+from nbclient import NotebookClient
 from packaging.requirements import Requirement
 from trl import DPOConfig
 
@@ -211,6 +214,25 @@ def test_scripts_name_what_they_import(path):
     assert {Requirement(dependency).name for dependency in header["dependencies"]} == packages
 
 
+def test_notebook(hub):
+    """Its cells as they are, but for the installation and sizes, on a tiny model and rows of the same names."""
+    notebook = nbformat.read(ROOT / "examples" / "self_play.ipynb", as_version=4)
+    assert len(json.dumps(notebook)) < 150_000
+    by_tag = {tag: cell for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
+    assert by_tag["install"].source.startswith("%pip install") and by_tag["install"] == notebook.cells[1]
+    notebook.cells.remove(by_tag["install"])
+    by_tag["parameters"].source += "\nnum_train, num_held_out, max_completion_length = 5, 3, 8"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(hub)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = "".join(output.get("text", "") + str(output.get("data", "")) for output in outputs)
+    for text in ("the real completion", "loss 0.693", "after one iteration", "<th>before</th>", "image/png"):
+        assert text in shown, text
+    assert iterations(hub) == ["iteration-0"]
+
+
 def test_quickstart_with_two_seeds(tiny_defaults, capsys, monkeypatch):
     """`.ci/run` runs the quickstart as it is. Here is what it does not show: the mean over seeds, and its error."""
     arguments = {"num_rows": 1536, "num_held_out": 16, "num_epochs": 1, "num_rounds": 2}
@@ -270,7 +292,7 @@ def anchors(path):
 
 
 def test_links_lead_somewhere():
-    others = [ROOT / "docs" / "llms.txt", *(ROOT / "benchmarks").rglob("README.md")]
+    others = [*ROOT.glob("*.md"), ROOT / "docs" / "llms.txt", *(ROOT / "benchmarks").rglob("README.md")]
     for page in [*PAGES, *others]:
         for path, anchor in LINK.findall(BLOCK.sub("", page.read_text())):
             target = (page.parent / path).resolve() if path else page
