@@ -39,7 +39,9 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), radius
 
 
-def cell(values: list[float], digits: int = 3) -> str:
+def cell(values: list[float | None], digits: int = 3) -> str:
+    if None in values:
+        return f"not reached in {values.count(None)} of {len(values)}"
     mean, radius = interval(values)
     return f"{mean:.{digits}f}" + ("" if math.isnan(radius) else f" ± {radius:.{digits}f}")
 
@@ -88,10 +90,15 @@ def draw_temperatures(name: str, prefix: str, label: str):
 
 
 if __name__ == "__main__":
-    columns = {f"right at T = {t:g}": f"right at {t:g}" for t in (0, 0.25, 0.5, 0.75, 1)}
-    columns |= {"NLL": "nll", "different right ones in 8": "different right ones in 8"}
-    for stage in ("validate", "test"):
-        table(f"subset_sums_{stage}", columns)
+    right = {f"right at T = {t:g}": f"right at {t:g}" for t in (0, 0.25, 0.5, 0.75, 1)} | {"NLL": "nll"}
+    diverse = right | {"different right ones in 8": "different right ones in 8"}
+    kept = {f"old at {level}": f"old at {level}" for level in (0.5, 0.8, 0.9)}
+    loops = {f"{what} at T = {t}": f"{what} at {t}" for what in ("repeated", "ended") for t in ("0", "0.5", "1")}
+    loops |= {"repeated at T = 0.5, penalty": "repeated at 0.5 with a penalty of 1.2", "NLL": "nll"}
+    for script, columns in (("subset_sums", diverse), ("few_rows", right), ("repetition", loops), ("retention", kept)):
+        for stage in ("validate", "test", "ablate"):
+            if read(f"{script}_{stage}"):
+                table(f"{script}_{stage}", columns)
     differences(
         "subset_sums_test",
         lambda row: max(row[key] for key in row if key.startswith("right at")),
