@@ -15,9 +15,7 @@
 """
 Plain self-play on a model whose SFT was stopped early, beside more SFT with the same compute.
 
-The task: given six letters, write them in any order, each once ("bdfkmp=" -> "kdbpfm"). There are 720 valid answers
-per prompt, and the data has one of them. A model can repeat a letter, forget one or use another; a program can check
-this.
+The task is that of `examples/quickstart.py`, which has one run of this and fewer numbers.
 
 1. TRL's SFTTrainer trains a small random Llama for one epoch on 6,000 such rows.
 2. SPINTrainer plays three iterations on the same rows.
@@ -34,25 +32,23 @@ python benchmarks/letters.py --output_dir letters && trl-spin report letters/see
 
 import argparse
 import json
-import math
 import random
 import statistics
-import string
+import sys
 import tempfile
+from pathlib import Path
 
 import datasets
 import torch
 import transformers
-from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from transformers import LlamaForCausalLM, PrinterCallback, set_seed
 
 from trl_spin import SPINConfig, SPINTrainer
 
 
-ALPHABET, NUM_LETTERS = string.ascii_lowercase[:16], 6
-MAX_COMPLETION_LENGTH = 10
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from quickstart import COMMON, MAX_COMPLETION_LENGTH, is_valid, make_data, make_model, make_tokenizer, train_sft  # noqa: E402
+
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--num_self_play_iterations", type=int, default=3)
@@ -66,86 +62,7 @@ parser.add_argument("--beta", type=float, default=5.0, help="λ")
 parser.add_argument("--learning_rate", type=float, nargs="+", default=[3e-4, 3e-4, 1.5e-4], help="Of each iteration.")
 options = parser.parse_args()
 
-# Everything runs in float32 on the CPU, on rows of about the same length
-COMMON = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-    "logging_strategy": "no",
-    "save_strategy": "no",
-    "report_to": "none",
-}
-
-
-# ---- Data, tokenizer, model ----
-
-
-def make_data(rng: random.Random) -> tuple[Dataset, Dataset]:
-    """Training and held-out rows, with no prompt in common."""
-    prompts = {}
-    while len(prompts) < options.num_held_out + options.num_rows:
-        letters = rng.sample(ALPHABET, NUM_LETTERS)
-        prompts["".join(sorted(letters)) + "="] = "".join(letters)
-        if len(prompts) == math.comb(len(ALPHABET), NUM_LETTERS):
-            break
-    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in prompts.items()]
-    rng.shuffle(rows)
-    return Dataset.from_list(rows[options.num_held_out :]), Dataset.from_list(rows[: options.num_held_out])
-
-
-def is_valid(prompt: str, completion: str) -> bool:
-    return "".join(sorted(completion)) + "=" == prompt
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "=", *ALPHABET])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # one token per character
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=32,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 # ---- Training ----
-
-
-def train_sft(model, tokenizer, dataset, num_epochs: int, learning_rate: float, batch_size: int, seed: int) -> str:
-    """Trains the model and returns the directory that holds it."""
-    trainer = SFTTrainer(
-        model,
-        args=SFTConfig(
-            tempfile.mkdtemp(),
-            num_train_epochs=num_epochs,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=batch_size,
-            warmup_steps=0.1,
-            seed=seed,
-            **COMMON,
-        ),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    trainer.save_model()
-    return trainer.args.output_dir
 
 
 def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
@@ -201,7 +118,7 @@ def run(seed: int) -> list[dict[str, float]]:
     """One row of measurements for the SFT model and one for each iteration."""
     print(f"Seed {seed}: supervised fine-tuning on {options.num_rows} rows ...", flush=True)
     set_seed(seed)
-    dataset, held_out = make_data(random.Random(seed))
+    dataset, held_out = make_data(options.num_rows, options.num_held_out, random.Random(seed))
     tokenizer = make_tokenizer()
     sft_path = train_sft(
         make_model(tokenizer), tokenizer, dataset, num_epochs=1, learning_rate=2e-3, batch_size=32, seed=seed
