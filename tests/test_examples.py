@@ -233,22 +233,35 @@ def test_notebook(hub):
     assert iterations(hub) == ["iteration-0"]
 
 
-def test_quickstart_with_two_seeds(tiny_defaults, capsys, monkeypatch):
-    """`.ci/run` runs the quickstart as it is. Here is what it does not show: the mean over seeds, and its error."""
-    arguments = {"num_rows": 1536, "num_held_out": 16, "num_epochs": 1, "num_rounds": 2}
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", *(f"--{key}={value}" for key, value in arguments.items())])
+def test_quickstart(tmp_path, tiny_defaults, capsys):
+    """`.ci/run` runs it as it is."""
     quickstart = runpy.run_path(str(ROOT / "examples" / "quickstart.py"))
-    runs = [quickstart["run"](seed) for seed in range(2)]
-    quickstart["print_table"](runs)
-    header, *lines = capsys.readouterr().out.split("Right answers to 16 held-out prompts, 2 runs\n\n")[1].splitlines()
-    assert header.split() == ["greedy", "sampled", "NLL"]
-    for line, name in zip(lines, ["SFT, to its end", "more SFT", "self-play against wrong answers"], strict=True):
-        assert line.startswith(name)
-        cells = [tuple(map(float, cell)) for cell in re.findall(r"([\d.]+) ±([\d.]+)", line)]
-        assert len(cells) == 3 and 0 <= cells[0][0] <= 1
-        first, second = (results[name]["NLL"] for results in runs)
-        assert cells[2] == pytest.approx(((first + second) / 2, abs(first - second) / 2), abs=6e-4)
-    assert quickstart["wrong_ones"](["17 4 15 9 = 24 :"] * 4, ["15 9", "9 15", "15 15", "17 7"], []) == [0, 0, 1, 1]
+    quickstart["main"](str(tmp_path), num_rows=64, num_held_out=16, num_iterations=1)
+    probe, _, game = capsys.readouterr().out.partition("Self-play plan")
+    assert "Self-play probe: 16 held-out prompts" in probe
+    (arm,) = json.loads((tmp_path / "self_play" / "sft.json").read_text())["arms"]
+    assert 0 <= arm["eval_completions/valid"] <= 1 and "SFT" in game
+    assert quickstart["valid"](["abc="] * 4, ["cab", "cab", "aab", "ab"], []) == {"valid": 0.5}
+
+
+def test_letters_with_two_seeds(tiny_defaults, capsys, monkeypatch):
+    arguments = {"num_rows": 32, "num_held_out": 16, "num_self_play_iterations": 1}
+    monkeypatch.setattr(sys, "argv", ["letters.py", *(f"--{key}={value}" for key, value in arguments.items())])
+    letters = runpy.run_path(str(ROOT / "benchmarks" / "letters.py"))
+    runs = [letters["run"](seed) for seed in range(2)]
+    letters["print_table"](runs)
+    table = capsys.readouterr().out.split("Held-out prompts, 2 runs")[1].splitlines()
+    header, *lines = table[2:5]
+    assert header.split() == (
+        "valid NLL accuracy margin length real generated truncated identical | valid NLL".split()
+    )
+    for i, (title, num_cells) in enumerate({"SFT model": 4, "iteration 0": 10}.items()):
+        assert lines[i].strip().startswith(title)
+        cells = [tuple(map(float, cell)) for cell in re.findall(r"(-?[\d.]+) ±([\d.]+)", lines[i])]
+        assert len(cells) == num_cells and 0 <= cells[0][0] <= 1
+        first, second = (rows[i]["nll"] for rows in runs)
+        assert cells[1] == pytest.approx(((first + second) / 2, abs(first - second) / 2), abs=6e-4)
+    assert table[6].startswith("Self-play took the share of valid answers from")
 
 
 def test_the_study_gives_its_arms_the_same_compute(tmp_path, monkeypatch):
