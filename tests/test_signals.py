@@ -14,7 +14,6 @@
 
 """What is measured, shown and said of a game, and when it ends."""
 
-import importlib
 import itertools
 import json
 import random
@@ -22,9 +21,7 @@ import re
 import signal
 from functools import partialmethod
 from pathlib import Path
-from types import SimpleNamespace
 
-import pandas
 import pytest
 import torch
 import tqdm.std
@@ -38,7 +35,6 @@ from trl import SFTTrainer
 from trl_spin.compare_sft import CompareSFTCallback
 from trl_spin.measures import Measures
 from trl_spin.pairs import PAIR_FEATURES
-from trl_spin.report import tables
 from trl_spin.report.page import write_report
 from trl_spin.report.reader import read_run
 from trl_spin.report.signals import auc, describe_game, find_warnings, proportion_interval
@@ -563,40 +559,11 @@ def test_only_the_progress_that_the_trainer_attached_is_replaced(tmp_path, capsy
 
 def test_model_output_is_text_in_tables(monkeypatch, capsys):
     rows = [["prompt", "completion"], ["[bold]x[/bold] [link=http://a]b[/link]", "\x1b[31mred\x07 :smile:"]]
-    for rich in (True, False):
-        monkeypatch.setattr(tables, "is_rich_available", lambda rich=rich: rich)
-        show_table("[red]title", rows)
-        out = capsys.readouterr().out
-        for text in ("[red]title", "[bold]x[/bold]", ":smile:"):
-            assert text in out
-        assert "\x07" not in out and "\x1b[31m" not in out
-
-
-def test_completions_are_logged_as_text(tmp_path):
-    trainer = make_trainer(tmp_path, log_completions=True, eval_dataset=make_dataset(3))
-    trainer.train()
-    table = pandas.read_parquet(tmp_path / "completions" / "train-00001.parquet")
-    pairs = load_game(str(tmp_path), 1)["train"]
-    tokenizer = trainer.processing_class
-    assert table["generated"].tolist() == tokenizer.batch_decode(pairs["generated_ids"][:], skip_special_tokens=True)
-    assert table["real"][1] == "1 2" and table["row"].tolist() == pairs["row"][:]
-    assert (tmp_path / "completions" / "eval-00000.parquet").is_file()
-
-
-def test_completions_go_to_the_trackers(tmp_path, monkeypatch):
-    logged = []
-    trackio = SimpleNamespace(log=logged.append, Table=lambda dataframe: dataframe)
-    import_module = importlib.import_module
-    monkeypatch.setattr(
-        importlib,
-        "import_module",
-        lambda name, *package: trackio if name == "trackio" else import_module(name, *package),
-    )
-    trainer = make_trainer(tmp_path, log_completions=True)
-    trainer.args.report_to = ["trackio", "tensorboard"]
-    trainer.train()
-    assert [list(entry) for entry in logged] == [["completions/train"]] * 2
-    assert logged[1]["completions/train"].equals(pandas.read_parquet(tmp_path / "completions" / "train-00001.parquet"))
+    show_table("[red]title", rows)
+    out = capsys.readouterr().out
+    for text in ("[red]title", "[bold]x[/bold]", ":smile:"):
+        assert text in out
+    assert "\x07" not in out and "\x1b[31m" not in out
 
 
 def test_what_was_logged_lies_beside_the_games(tmp_path):

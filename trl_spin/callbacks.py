@@ -66,13 +66,15 @@ class SelfPlayCallback(TrainerCallback):
         iteration, epoch, step = self.game.schedule.locate(state.global_step)
         if self.game.schedule.begins(state.global_step):
             request = self.promote(iteration)
-            if not self.find_stored(request):  # of a run that stopped between store and swap
+            if metrics := self.processes.on_main(find_stored, args.output_dir, request):
+                self.trainer.log(metrics)  # of a run that stopped between store and swap
+            else:
                 pairs, generating = self.generate(request)  # y' ~ p_θt(·|x)
                 pairs, scoring = self.score(request, pairs)  # log p_θt(y|x), log p_θt(y'|x)
                 self.store(request, pairs, generating | scoring)
                 del pairs  # from here on, they are read from the files of the game
             self.swap(iteration, at_start=True)
-        elif not self.game.started:  # resumed in the middle of an iteration
+        elif not self.game.train.pairs:  # resumed in the middle of an iteration
             self.swap(iteration, at_start=False)
         elif step != 0:
             fault = f"An epoch ended at step {state.global_step}, but iterations are made of whole epochs"
@@ -88,13 +90,6 @@ class SelfPlayCallback(TrainerCallback):
             self.trainer.optimizer.state.clear()
         return self.request(iteration)
 
-    def find_stored(self, request: Request) -> bool:
-        """Whether the pairs of this very opponent are stored already."""
-        metrics = self.processes.on_main(find_stored, self.trainer.args.output_dir, request)
-        if metrics is not None:
-            self.trainer.log(metrics)
-        return metrics is not None
-
     def generate(self, request: Request) -> tuple[dict[str, Dataset], dict[str, float]]:
         """
         The opponent completes every prompt. Those of earlier opponents are added as `opponent_history` asks. Returns
@@ -104,14 +99,13 @@ class SelfPlayCallback(TrainerCallback):
         pairs, num_tokens = self.complete(request, list(self.game.datasets))
         seconds = time.perf_counter() - start
         check_played(pairs["train"], self.game, request.iteration)
-        oldest = max(0, request.iteration - args.opponent_history)
-        for opponent in reversed(range(oldest, request.iteration)):
+        for opponent in reversed(range(max(0, request.iteration - args.opponent_history), request.iteration)):
             earlier = self.processes.on_main(load_game, args.output_dir, opponent, request.settings["run"])["train"]
             # The first of its opponents is the one of that iteration
             earlier = earlier.select(range(len(self.game.train)))
             pairs["train"] = concatenate_datasets([pairs["train"], earlier])
-        speed = {"generation_time": seconds, "generated_tokens_per_second": num_tokens / seconds}
-        return pairs, {f"self_play/{key}": value for key, value in speed.items()}
+        speed = num_tokens / seconds
+        return pairs, {"self_play/generation_time": seconds, "self_play/generated_tokens_per_second": speed}
 
     def score(self, request: Request, pairs: dict[str, Dataset]) -> tuple[dict[str, Dataset], dict[str, float]]:
         """The reference scores all pairs, in the layout and precision of training."""

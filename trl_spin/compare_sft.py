@@ -105,8 +105,11 @@ class CompareSFTCallback(TrainerCallback):
             # In a pass, a prompt is played once, against each of several opponents in turn
             flops += of_training * num_epochs * computed.mean() * len(train)
         rows = train.all_rows.select(range(min(len(train.all_rows), (last + 1) * len(train))))
-        columns = ["prompt_ids", "real_ids"]
-        rows = rows.map(_with_labels, input_columns=columns, remove_columns=rows.column_names)
+
+        def with_labels(prompt: list[int], real: list[int]) -> dict[str, list[int]]:
+            return {"input_ids": prompt + real, "labels": [-100] * len(prompt) + real}
+
+        rows = rows.map(with_labels, input_columns=["prompt_ids", "real_ids"], remove_columns=rows.column_names)
         return rows, float(flops / (of_training * Columns(rows).lengths("input_ids").sum()))
 
     def train(self, rows: Dataset, learning_rate: float, steps: int):
@@ -127,7 +130,3 @@ class CompareSFTCallback(TrainerCallback):
             arm.stop = self.processes.stop
             arm.remove_callback(PrinterCallback)
             arm.train()
-
-
-def _with_labels(prompt: list[int], real: list[int]) -> dict[str, list[int]]:
-    return {"input_ids": prompt + real, "labels": [-100] * len(prompt) + real}

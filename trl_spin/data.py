@@ -165,9 +165,6 @@ class RowReader:
         ends = self.find_end_token_ids(row, ends if isinstance(ends, list) else [ends])
         limits = args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
         max_length = min((limit for limit in limits if limit is not None), default=None)
-        if max_length is not None and args.max_completion_length >= max_length:
-            what = f"`max_completion_length` ({args.max_completion_length}) is out of reach: prompt and completion"
-            logger.warning(f"{what} have at most {max_length} tokens together (`max_length`, or the model's context).")
         truncated, play_empty = args.truncated_completions, args.play_empty_completions
         return Rules(self.tokenizer, ends, max_length, truncated, play_empty, play_identical)
 
@@ -205,10 +202,7 @@ class RowReader:
             what = "The chat template closes no turn with a special token"
             end = f"{tokenizer.eos_token!r} (`eos_token`) is put after the real completions"
             logger.warning(f"{what}: {end}. A model that was not fine-tuned that way will not end its own ones.")
-        elif closing not in end_token_ids:
-            logger.info(f"Generation also stops at {tokenizer.decode(closing)!r}, which closes a templated turn.")
-            end_token_ids.add(closing)
-        return sorted(end_token_ids)
+        return sorted(end_token_ids | {closing} - {None})
 
     def prepare(
         self, dataset: Dataset, rules: Rules, rows: list[int] | None = None, num_proc: int | None = None

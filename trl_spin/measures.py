@@ -173,13 +173,13 @@ class StepMonitor:
 
     def _check_start(self, loss: float, real: float, generated: float):
         if not max(abs(real), abs(generated)) <= self.tolerance:
-            raise ValueError(
-                f"Iteration {self.game.iteration} does not start at its opponent, where log(p_θ/p_θt) is 0 and the "
-                f"loss ℓ(0), for the logistic one log 2 = 0.6931. It is {loss:.4f}, and the log-ratio over the square "
-                f"root of the length {real:.4g} (real), {generated:.4g} (generated), beyond `initial_loss_tolerance` "
-                f"({self.tolerance}). Usual causes: dropout that is on in training (`disable_dropout=False`), a "
-                "`data_collator` that changes the sequences, or a callback that changed the weights."
+            what = (
+                f"Iteration {self.game.iteration} does not start at its opponent, where log(p_θ/p_θt) is 0: over the"
             )
+            what = f"{what} square root of the length, it is {real:.4g} (real), {generated:.4g} (generated), beyond"
+            why = "dropout that is on in training (`disable_dropout=False`), a `data_collator` that changes the sequences"
+            why = f"({self.tolerance}), and the loss {loss:.4f}. Usual causes: {why}"
+            raise ValueError(f"{what} `initial_loss_tolerance` {why}, or a callback that changed the weights.")
 
     def summarize(self, mode: str) -> dict[str, list[float]]:
         """What to log of the steps since the last log, which are forgotten."""

@@ -209,10 +209,6 @@ class GameDataset(torch.utils.data.Dataset):
         row = self.columns[index]
         return {"chosen_ids": row.pop("real_ids"), "rejected_ids": [], "weight": 0.0} | row
 
-    @property
-    def column_names(self) -> list[str]:
-        return list(self[0])
-
     def lengths(self) -> np.ndarray:
         """Tokens of each row in this epoch: prompt, real and generated completion."""
         if not self._columns:
@@ -252,10 +248,8 @@ class GameDataset(torch.utils.data.Dataset):
             for column in ("row", "prompt_ids"):
                 if self.columns.fingerprint(column) != theirs.fingerprint(column):
                     what = f"`{column}` of opponent {opponent['opponent'][0]}, {len(opponent)} for {len(self)} prompts"
-                    raise ValueError(
-                        f"The pairs for the {self.name} dataset ({what}) were generated from other prompts. Did data, "
-                        "tokenizer or chat template change? Use a new `output_dir`."
-                    )
+                    what = f"The pairs for the {self.name} dataset ({what}) were generated from other prompts"
+                    raise ValueError(f"{what}. Did data, tokenizer or chat template change? Use a new `output_dir`.")
         self.pairs, self._columns = by_opponent, columns
         self.all_played = all(theirs.values("played").all() for theirs in columns)
 
@@ -311,10 +305,6 @@ class Game:
     def watched(self) -> GameDataset:
         """The dataset to watch: held-out prompts, if there are any, as the model memorizes training pairs."""
         return next(iter(self.held_out.values()), self.train)
-
-    @property
-    def started(self) -> bool:
-        return bool(self.train.pairs)
 
     @property
     def filter_name(self) -> str | None:

@@ -14,7 +14,6 @@
 
 """What is shown of a game while it is played, and kept for its report. One callback for each."""
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from .generation import row_seed
 from .pairs import Columns, Game
 from .report.signals import metric_prefix
 from .report.tables import log_line, show_table
-from .run.files import EXAMPLES, HISTORY, PROBES, atomic_open, game_dir, read_intact, write_json
+from .run.files import EXAMPLES, HISTORY, PROBES, game_dir, read_intact, write_json
 from .run.logs import logger
 from .run.processes import Processes
 from .spin_config import SPINConfig
@@ -37,30 +36,6 @@ from .spin_config import SPINConfig
 
 # Newest models that a terminal has room for
 _NEWEST = 4
-
-
-class CompletionsCallback(TrainerCallback):
-    """Logs all completions of an iteration as text: `log_completions`."""
-
-    def __init__(self, game: Game, processes: Processes):
-        self.game, self.processes = game, processes
-
-    def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if self.game.schedule.begins(state.global_step):
-            self.processes.write(args.output_dir, self._log, args, state.global_step)
-
-    def _log(self, args: SPINConfig, step: int):
-        for name, dataset in self.game.datasets.items():
-            pairs, decode = dataset.pairs[0], self.game.rules.decode
-            texts = {part: decode(pairs[f"{part}_ids"]) for part in ("prompt", "real", "generated")}
-            where = {"step": step, "iteration": self.game.iteration, "row": pairs["row"][:]}
-            table = pandas.DataFrame(where | texts)
-            path = Path(args.output_dir) / "completions" / f"{name}-{self.game.iteration:05d}.parquet"
-            with atomic_open(path) as file:
-                table.to_parquet(file)
-            for backend in {"wandb", "trackio"} & set(args.report_to):
-                tracker = importlib.import_module(backend)
-                tracker.log({f"completions/{name}": tracker.Table(dataframe=table)})
 
 
 class ExamplesCallback(TrainerCallback):

@@ -244,9 +244,6 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
         num_probes (`int`, *optional*, defaults to `3`):
             Number of prompts, held out if there are any, whose completions are shown at each iteration beside the
             earlier ones, sampled with the same seeds.
-        log_completions (`bool`, *optional*, defaults to `False`):
-            Whether to write prompts, real and generated completions of each iteration as text, to Parquet files in
-            `output_dir/completions`, and to `wandb` and `trackio` if they are in `report_to`.
         write_report (`bool`, *optional*, defaults to `True`):
             Whether to write `output_dir/report/report.html` at the end of training, if `matplotlib` is installed.
             `trl-spin report OUTPUT_DIR` does it at any time.
@@ -331,7 +328,6 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
 
     # Parameters that control the logging
     num_probes: int = 3
-    log_completions: bool = False
     write_report: bool = True
 
     def __post_init__(self):

@@ -43,7 +43,7 @@ from .objectives import ChosenLosses
 from .pairs import Game, GameDataset, PairCollator, describe_function, leave_out_unplayed
 from .preflight import DryRun, PreflightCallback
 from .report.card import public_name, write_model_card
-from .run.checkpoints import Checkpoints, save_model
+from .run.checkpoints import Checkpoints, keep_model, save_model
 from .run.files import read_records
 from .run.logs import logger
 from .run.processes import Processes, StopRequested, StopSignal, explain_out_of_memory
@@ -51,7 +51,7 @@ from .run.resume import game_settings, open_run, run_lock, run_settings
 from .run.weights import check_finite_weights, weights_fingerprint
 from .schedule import Schedule, chain_schedules
 from .shared_prefix_trainer import SharedPrefixDPOTrainer
-from .showing import BarCallback, CompletionsCallback, ExamplesCallback, LineCallback, ProbeCallback, ReportCallback
+from .showing import BarCallback, ExamplesCallback, LineCallback, ProbeCallback, ReportCallback
 from .spin_config import OPTIONS, SPINConfig
 from .step_size import StepSizeCallback
 
@@ -226,8 +226,6 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             self.add_callback(CompletionMetricsCallback(self_play))
         self.add_callback(IterationCallback(self, game, processes, best_metric))
         self.add_callback(self_play)
-        if args.log_completions:
-            self.add_callback(CompletionsCallback(game, processes))
         self.add_callback(ExamplesCallback(self, game, processes))
         if args.compare_sft:
             self.add_callback(CompareSFTCallback(self_play, self.best_iteration))
@@ -381,8 +379,8 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             with run_lock(self.processes, args.output_dir), explain_out_of_memory("training", _OUT_OF_MEMORY), stop:
                 settings, resume = self._settings(), resume_from_checkpoint or False
                 self.game.settings["run"], checkpoint = self.processes.on_main(open_run, args, settings, resume)
-                if args.keeps_start and not args.dry_run:
-                    self.best_iteration.keep_start()
+                if args.keeps_start and not args.dry_run and self.best_iteration.fault_of(-1):
+                    keep_model(self, self.game, self.processes, -1)  # before it is trained
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
                 if stop.signum:
                     raise StopRequested(stop.signum)
@@ -501,7 +499,6 @@ class SPINTrainer(SharedPrefixDPOTrainer):
         if not self.is_world_process_zero():
             return
         left_out, (dataset, read_prompt) = sum(self.game.left_out["train"].values()), self.game.sources["train"]
-        unsloth = ["unsloth"] if hasattr(self.model.config, "unsloth_version") else []
         dataset_name = dataset_name or (self.dataset_name if "/" in self.dataset_name else None)
         prompt = read_prompt(dataset[self.game.train.rows[0]["row"]])
         if dataset_name is None or public_name(dataset_name) != dataset_name:  # nothing of it is quoted
@@ -520,5 +517,5 @@ class SPINTrainer(SharedPrefixDPOTrainer):
             settings={name: value for name, value in self.args.to_dict().items() if name in OPTIONS["card"]},
             records=read_records(self.run_dir, self.args.num_self_play_iterations),
             rows=self.best_iteration.best_metric.table(self.args.num_self_play_iterations - 1),
-            tags=[*self._tag_names, *unsloth, *([tags] if isinstance(tags, str) else tags or [])],
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
         )

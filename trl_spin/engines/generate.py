@@ -140,9 +140,7 @@ class Generate(Engine):
         with ready_to_generate(model, self.accelerator) as unwrapped_model, self.accelerator.autocast():
 
             @torch.no_grad()
-            def complete(
-                prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
-            ) -> list[list[int]] | None:
+            def complete(prompts, seeds, max_new_tokens, temperature):  # see `Complete`
                 device = unwrapped_model.device
                 ids = pad([torch.tensor(prompt) for prompt in prompts], pad_token_id, padding_side="left")
                 mask = pad([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], padding_side="left")

@@ -121,9 +121,7 @@ class VLLM(Engine):
                 self.accelerator.wait_for_everyone()  # all have loaded it
                 processes.on_main(shutil.rmtree, folder)
 
-            def complete(
-                prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
-            ) -> list[list[int]] | None:
+            def complete(prompts, seeds, max_new_tokens, temperature):  # see `Complete`
                 nonlocal compared
                 if size == 1:
                     completions = worker.ask(prompts, seeds, max_new_tokens, temperature, not compared)

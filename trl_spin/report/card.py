@@ -22,8 +22,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-# Private to TRL, whose own card shows these links (trl 1.16, `create_model_card`)
-from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
+# Private to TRL, whose own card shows this link (trl 1.16, `create_model_card`)
+from trl.trainer.utils import get_trackio_space_url
 
 
 def public_name(name: str) -> str:
@@ -63,11 +63,6 @@ def write_model_card(
             `prompt`, what the quick start asks, text or messages; `settings`, options of the run by name; `rows`, a
             table of the models, titles first; `records` of the finished iterations, see [`read_records`].
     """
-    if (trackio_url := get_trackio_space_url()) is not None:
-        # In place of the tag that trackio has set, which names the Space but not the run
-        tags = [*(tag for tag in tags if not tag.startswith("trackio:")), f"trackio:{trackio_url}"]
-    if "JOB_ID" in os.environ:
-        tags = [*tags, "hf_jobs"]
     is_public = bool(base_model) and public_name(base_model) == base_model
     card_data = ModelCardData(
         base_model=base_model if is_public else None,
@@ -85,8 +80,7 @@ def write_model_card(
         start=base_model and public_name(base_model),
         # There is a run only where wandb has been imported
         wandb_run=getattr(sys.modules.get("wandb"), "run", None),
-        trackio_url=trackio_url,
-        comet_url=get_comet_experiment_url(),
+        trackio_url=get_trackio_space_url(),
         version=version,
         **shown,
     ).save(path)

@@ -34,8 +34,6 @@ from .tables import TITLES
 
 # How the two sides look (other lines look as report.mplstyle has it), single points, and lines to compare with
 LOOKS, POINTS, REFERENCE = (TITLES[kind] for kind in ("looks", "points", "reference"))
-# Up to so many completions are points on their curve
-FEW = 100
 
 
 def style() -> AbstractContextManager:
@@ -121,7 +119,7 @@ def draw_iterations(run: Run) -> Iterator[tuple[str, Figure]]:
 def draw_pairs(run: Run, name: str, kind: str) -> Iterator[tuple[str, Figure]]:
     """
     Which share of a dataset's completions has less than a number: a panel per iteration, a curve per side, which does
-    not depend on bins, and goes through each of a few completions.
+    not depend on bins.
     """
     panels = {}
     for iteration in (i for i in run.iterations if name in i.completions):
@@ -130,10 +128,8 @@ def draw_pairs(run: Run, name: str, kind: str) -> Iterator[tuple[str, Figure]]:
             continue
         figure, ax = panels[iteration.number] = _panel(f"iteration {iteration.number}")
         for side, values in game.items():
-            few = values.count() <= FEW
-            shares = np.linspace(0, 1, values.count()) if few else np.linspace(0.005, 0.995, 199)
-            look = LOOKS[side] | ({"clip_on": False} if few else {"marker": "None"})
-            ax.plot(values.quantile(shares), shares, label=side, **look)
+            shares = np.linspace(0.005, 0.995, 199)
+            ax.plot(values.quantile(shares), shares, label=side, **LOOKS[side] | {"marker": "None"})
         ax.set_ylabel("share below")
         _finish(ax, kind, TITLES["pairs"][kind])
     ends = [end for _, ax in panels.values() for end in ax.get_xlim()]

@@ -15,7 +15,6 @@
 """What is shown of a run in the terminal: lines of what is logged, the table of its models, and how to print one."""
 
 import re
-import shutil
 import tomllib
 from contextlib import suppress
 from functools import partial
@@ -23,10 +22,11 @@ from pathlib import Path
 from pprint import pformat
 from typing import Any
 
-import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 from tqdm.auto import tqdm
-from transformers.utils import is_rich_available
 
 
 TITLES = tomllib.loads(Path(__file__).with_name("titles.toml").read_text(encoding="utf-8"))
@@ -68,19 +68,9 @@ def log_line(logs: dict[str, Any], **facts: Any) -> str:
 
 def show_table(title: str, rows: list[list[str]], justify: str = "left"):
     """
-    Prints a table whose first row holds the titles of the columns, with rich where it is installed. `justify` is for
-    all columns but the first.
+    Prints a table whose first row holds the titles of the columns, `justify` is for all columns but the first.
     """
     columns, *rows = [[printable(cell) for cell in row] for row in rows]
-    if not is_rich_available():
-        width = max(12, shutil.get_terminal_size().columns // len(columns) - 2)
-        table = pandas.DataFrame(rows, columns=columns).to_string(index=False, max_colwidth=width)
-        tqdm.write(f"{title}\n{table}")
-        return
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
     # As `Text`: what a model or a dataset wrote is never markup
     long = any(len(cell) > 30 or "\n" in cell for row in [columns, *rows] for cell in row)
     headers = [Column(Text(column), overflow="fold", justify=justify) for column in columns]
