@@ -38,7 +38,7 @@ LAYERS = [
     "engines.generate engines.vllm report.figures",
     "engines report.page",
     "spin_config",  # every option: those of the engines, and its own
-    "data memory measures run.checkpoints sources",
+    "data export memory measures run.checkpoints sources",
     "generation run.resume",  # stages
     "callbacks preflight probing showing",  # who calls the stages, and when
     "iterations",

@@ -12,17 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 
-try:
-    __version__ = version("trl-spin")
-except PackageNotFoundError:
-    __version__ = "unknown"
+__version__ = version("trl-spin")
 
 if TYPE_CHECKING:
     from .callbacks import SelfPlayCallback
+    from .export import load_game
     from .probing import probe
     from .shared_prefix_trainer import SharedPrefixDPOTrainer
     from .spin_config import SPINConfig
@@ -33,10 +31,11 @@ _MODULES = {
     "SPINTrainer": "spin_trainer",
     "SelfPlayCallback": "callbacks",
     "SharedPrefixDPOTrainer": "shared_prefix_trainer",
+    "load_game": "export",
     "probe": "probing",
 }
 
-__all__ = ["SPINConfig", "SPINTrainer", "SelfPlayCallback", "SharedPrefixDPOTrainer", "probe"]
+__all__ = ["SPINConfig", "SPINTrainer", "SelfPlayCallback", "SharedPrefixDPOTrainer", "load_game", "probe"]
 
 
 def __getattr__(name: str):

@@ -19,6 +19,7 @@ Self-play fine-tuning (SPIN) of a supervised fine-tuned model on its own SFT dat
     trl-spin --config RECIPE [options]
     trl-spin probe [--num_prompts N] [options of the run]
     trl-spin report OUTPUT_DIR
+    trl-spin export OUTPUT_DIR --iteration T --format dpo|kto|sft
     trl-spin generate --iteration T --shard I/N [options of the run]
 
 --help       describes the options that matter most
@@ -36,6 +37,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -45,6 +47,9 @@ from yaml import YAMLError
 RECIPES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 __doc__ += "\nRecipes, each described at its head:\n"
 __doc__ += "".join(f"  {name:16} {Path(path).read_text().splitlines()[0][2:]}\n" for name, path in RECIPES.items())
+
+
+_OTHERS = "All other options are those of the run: see `trl-spin --help`."
 
 
 def make_trainer(script_args, training_args, model_args, dataset_args):
@@ -165,26 +170,40 @@ def parse(arguments: list[str]) -> tuple | None:
     return parser.parse_args_and_config(arguments)
 
 
-def parse_own(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What a command's own options say, and the options of the run."""
+def parser_of(command: Callable, **options: str) -> argparse.ArgumentParser:
+    """A parser for a command's own options, which refuses what is wrong with them in one line."""
+    options |= {"prog": f"trl-spin {command.__name__}", "description": command.__doc__, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(**options)
     parser.error = refuse
-    parser.epilog = "All other options are those of the run: see `trl-spin --help`."
-    return parser.parse_known_args(arguments)
+    return parser
 
 
 def report(arguments: list[str]):
-    """`trl-spin report`: the report of a run."""
-    from .report.page import main as write
+    """Writes report/report.html, one file that needs no network, and the figures as PNG files."""
+    from .report.page import write_report
 
-    write(arguments)
+    parser = parser_of(report)
+    parser.add_argument("output_dir", help="Output directory of a run, finished or not.")
+    sys.stdout.write(f"{write_report(**vars(parser.parse_args(arguments)))}\n")
+
+
+def export(arguments: list[str]):
+    """Writes the pairs of an iteration as text, with a data card, for TRL and other tools."""
+    from .export import COLUMNS, export_game
+
+    parser = parser_of(export)
+    parser.add_argument("output_dir", help="Output directory of a run, finished or not.")
+    parser.add_argument("--iteration", type=int, required=True, help="Iteration whose pairs are written.")
+    parser.add_argument("--format", choices=COLUMNS, default="dpo", help="Columns, and which pairs. Default: dpo.")
+    sys.stdout.write(f"{export_game(**vars(parser.parse_args(arguments)))}\n")
 
 
 def generate(arguments: list[str]):
-    """`trl-spin generate`: a share of a round, for a run that finds it on disk."""
-    parser = argparse.ArgumentParser(prog="trl-spin generate", description=generate.__doc__, allow_abbrev=False)
+    """Completes a share of a round, for a run that finds it on disk."""
+    parser = parser_of(generate, epilog=_OTHERS)
     parser.add_argument("--iteration", type=int, required=True, help="Iteration whose opponent completes.")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="Share I of N, counted from 0. Default: all.")
-    options, others = parse_own(parser, arguments)
+    options, others = parser.parse_known_args(arguments)
     shard = re.fullmatch(r"(\d+)/(\d+)", options.shard)
     if not shard or int(shard[1]) >= int(shard[2]):
         raise ValueError(f"`--shard {options.shard}` is no share: 0/3, 1/3 and 2/3 make a round.")
@@ -193,12 +212,12 @@ def generate(arguments: list[str]):
 
 
 def probe(arguments: list[str]):
-    """`trl-spin probe`: before any training, whether self-play is worth it."""
+    """Says before any training whether self-play is worth it."""
     from .probing import probe as probe_trainer
 
-    parser = argparse.ArgumentParser(prog="trl-spin probe", description=probe.__doc__, allow_abbrev=False)
+    parser = parser_of(probe, epilog=_OTHERS)
     parser.add_argument("--num_prompts", type=int, default=300, help="Number of prompts to complete. Default: 300.")
-    options, others = parse_own(parser, arguments)
+    options, others = parser.parse_known_args(arguments)
     probe_trainer(make_trainer(*parse(others)), options.num_prompts)
 
 
@@ -209,7 +228,7 @@ def main():
     # peft imports bitsandbytes, which misses a kernel for weights in 4 bits, also where nothing is quantized
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        if command := {"report": report, "generate": generate, "probe": probe}.get(arguments[0]):
+        if command := {f.__name__: f for f in (report, export, generate, probe)}.get(arguments[0]):
             command(arguments[1:])
         elif parsed := parse(arguments):
             run(make_trainer(*parsed), parsed[0].dataset_name)
