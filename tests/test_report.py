@@ -14,6 +14,8 @@
 
 """The report of real runs: what it shows, that it needs nothing else, and that it is there also for runs that are not."""
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -21,6 +23,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib
 import matplotlib.image
@@ -43,14 +46,17 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.tags, self.text = [], ""
+        self.tags, self.text, self.scripts = [], "", []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data):
-        self.text += data
+        if self.cdata_elem == "script":
+            self.scripts.append(data)
+        else:
+            self.text += data
 
 
 def play(output_dir, **kwargs):
@@ -71,7 +77,13 @@ def change_json(path, change):
 
 
 def assert_self_contained(page):
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
+    """Nothing comes from elsewhere, and no script but the blind game runs, whatever a model has written."""
+    assert {tag for tag, _ in page.tags}.isdisjoint({"link", "iframe", "object", "embed", "base", "form"})
+    game = Path(card.__file__).with_name("blind.js").read_text().strip()
+    assert page.scripts in ([], [game]) and [a for tag, a in page.tags if tag == "script"] == [{}] * len(page.scripts)
+    policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
+    digest = base64.b64encode(hashlib.sha256(game.encode()).digest()).decode()
+    assert policy.split("; ")[3:] == [f"script-src 'sha256-{digest}'" for _ in page.scripts]
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes), (tag, attributes)
         allowed = "#" if tag == "a" else "data:image/svg+xml;base64,"
@@ -120,6 +132,8 @@ def test_files_of_a_finished_run(finished):
     assert {p.suffix for p in path.parent.iterdir()} == {".html", ".png"}
     assert sum(tag == "img" for tag, _ in page.tags) == len(figures)
     headings = [attributes["id"] for tag, attributes in page.tags if tag == "h2"]
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len({*ids}) == len(ids)
     assert [f"#{heading}" for heading in headings] == [a["href"] for tag, a in page.tags if tag == "a"]
     assert {"probes", "training", "pairs-at-both-ends", "time", "summary", "lineage", "settings"} <= {*headings}
     assert "2 of 2 iterations finished" in page.text and str(finished.parent) not in page.text
@@ -249,6 +263,29 @@ def test_pairs_at_both_ends(finished):
         assert (example["prompt"], example["generated"]) == (f"Count to {example['row'] % 7 + 1}.", generated)
 
 
+def test_the_blind_game(finished, tmp_path, no_figures):
+    """Random held-out pairs with their margins, one real and one generated side, drawn with the run's seed."""
+    again = tmp_path / "again"
+    play(again, eval_dataset=make_dataset(5))
+    path = "self_play/iteration-1/examples.json"
+    kept, same = (json.loads((directory / path).read_text()) for directory in (finished, again))
+    assert kept["blind"] == same["blind"] and {pair["real_first"] for pair in kept["blind"]} == {True, False}
+    known = {example["row"]: example for example in kept["examples"]}
+    assert len(kept["examples"]) == len(kept["blind"]) == 5
+    assert all(pair | {"real_first": 0} == known[pair["row"]] | {"real_first": 0} for pair in kept["blind"])
+
+    evil = "</script></button><b>x</b><script>alert(1)</script>"
+    change_json(again / path, lambda content: content["blind"][0].update(real=evil, generated=" ", margin=-0.5))
+    page = Page(write_report(again))
+    assert_self_contained(page)
+    buttons = [attributes for tag, attributes in page.tags if tag == "button"]
+    assert all(attributes["type"] == "button" for attributes in buttons)
+    order = [["generated", "real"][:: -1 if pair["real_first"] else 1] for pair in kept["blind"]]
+    assert [attributes["value"] for attributes in buttons] == sum(order, [])
+    text = page.text[page.text.index("Can you tell real from generated? 5 held-out pairs") :]
+    assert evil in text and "(empty)" in text and "The model was wrong: its margin is -0.50." in text
+
+
 def test_model_output_is_text(finished, tmp_path, no_figures):
     evil = "</pre></code></td><script>alert(1)</script><img src=x onerror=alert(2)><a href='http://evil.example'>&amp;"
     output_dir = tmp_path / "<b>run<x>"
@@ -343,7 +380,6 @@ def test_the_style_is_the_reports_own(finished, tmp_path, monkeypatch):
 @pytest.fixture
 def write_card(tmp_path, monkeypatch):
     monkeypatch.setattr(card, "get_trackio_space_url", lambda: "https://space.example?runs=1")
-    monkeypatch.setenv("JOB_ID", "1")
 
     def write(**changes):
         shown = {
@@ -371,7 +407,7 @@ def test_the_card_of_a_model_of_the_hub(write_card):
     written = write_card()
     assert written.data.base_model == "org/sft" and written.data.datasets == "org/data"
     assert written.data.base_model_relation == "adapter" and "licence" not in written.data.to_dict()
-    tags = ["generated_from_trainer", "trl", "spin", "trackio:https://space.example?runs=1", "hf_jobs"]
+    tags = ["generated_from_trainer", "trl", "spin", "trackio:https://space.example"]
     assert written.data.tags == tags
     for text in (
         "fine-tuned version of [org/sft](https://huggingface.co/org/sft) on the [org/data](",

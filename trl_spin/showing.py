@@ -17,6 +17,8 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pandas
 from tqdm.auto import tqdm
@@ -40,8 +42,8 @@ _NEWEST = 4
 
 class ExamplesCallback(TrainerCallback):
     """
-    Keeps the held-out pairs with the largest and the smallest margins of the model that an iteration made: those that
-    it tells apart best and worst.
+    Keeps the held-out pairs with the largest and the smallest margins of the model that an iteration made, which it
+    tells apart best and worst, and random ones for the blind game.
     """
 
     def __init__(self, trainer: DPOTrainer, game: Game, processes: Processes):
@@ -51,17 +53,21 @@ class ExamplesCallback(TrainerCallback):
         iteration, prefix = self.game.schedule.ended(state.global_step), metric_prefix(self.game.watched.name)
         if self.trainer.is_in_train and iteration is not None and f"{prefix}loss" in metrics:
             path = game_dir(args.output_dir, iteration) / EXAMPLES
-            self.processes.write(args.output_dir, self._write, path, self.trainer.monitor.margins)
+            self.processes.write(args.output_dir, self._write, path, self.trainer.monitor.margins, Random(args.seed))
 
-    def _write(self, path: Path, margins: dict[int, float]):
+    def _write(self, path: Path, margins: dict[int, float], random: Random):
         ranked, pairs = sorted(margins, key=margins.get, reverse=True), self.game.watched.pairs[0]
-        (data, read_prompt), examples = self.game.sources[self.game.watched.name], []
-        for row in ranked[:5] + ranked[5:][-5:]:
+        data, read_prompt = self.game.sources[self.game.watched.name]
+
+        def describe(row: int) -> dict[str, Any]:
             pair, prompt = pairs[pairs["row"][:].index(row)], _last_turn(read_prompt(data[row]))
             texts = map(_shorten, (prompt, *self.game.rules.decode([pair["real_ids"], pair["generated_ids"]])))
-            names = ("row", "margin", "prompt", "real", "generated")
-            examples.append(dict(zip(names, (row, margins[row], *texts), strict=True)))
-        write_json(path, {"examples": examples})
+            names = ("row", "margin", "real_first", "prompt", "real", "generated")
+            return dict(zip(names, (row, margins[row], random.random() < 0.5, *texts), strict=True))
+
+        blind = random.sample(sorted(margins), min(16, len(margins)))
+        rows = {"examples": ranked[:5] + ranked[5:][-5:], "blind": blind}
+        write_json(path, {name: list(map(describe, of_name)) for name, of_name in rows.items()})
 
 
 class ProbeCallback(TrainerCallback):

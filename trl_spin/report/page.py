@@ -17,8 +17,8 @@ The report of a run: one HTML file that needs nothing else, and the figures as P
 has left on disk, so it can be written at any time, also while the run goes on or after it was stopped.
 """
 
-import argparse
 import base64
+import hashlib
 import io
 import json
 import re
@@ -80,7 +80,7 @@ def write_report(output_dir: str | Path) -> Path:
     # What models, datasets and users wrote is escaped wherever the template shows it, and loses what is not text
     environment = Environment(autoescape=True, finalize=_plain, undefined=StrictUndefined, trim_blocks=True)
     environment.loader = FileSystemLoader(Path(__file__).parent)
-    filters = {"code": _code, "number": _number, "setting": _setting, "prefix": metric_prefix}
+    filters = {"code": _code, "number": _number, "setting": _setting, "prefix": metric_prefix, "hash": _hash}
     environment.filters |= filters | {"duration": tqdm.format_interval}
     template = environment.get_template("report.html.jinja")
     facts = {"now": f"{datetime.now():%Y-%m-%d %H:%M}", "sft": iteration_rows(read_sft(output_dir))}
@@ -100,6 +100,11 @@ def _code(message: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(_plain(message)))))
 
 
+def _hash(script: str) -> str:
+    """The name of a script in the page's policy, which runs no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
 def _number(value: Any, spec: str) -> str:
     return f"{value:{spec}}" if isinstance(value, (int, float)) else str(value)
 
@@ -108,11 +113,3 @@ def _setting(value: Any) -> str:
     """A setting as text, of an absolute path its name: nobody else has that folder."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return re.sub(r'(^|")/(?:[^"]*/)?([^"/]+)/*(?="|$)', r"\1\2", text)
-
-
-def main(arguments: list[str]):
-    """The `trl-spin report` command, given the command line after `report`."""
-    description = "Writes report/report.html, one file that needs no network, and the figures as PNG files."
-    parser = argparse.ArgumentParser(prog="trl-spin report", description=description)
-    parser.add_argument("output_dir", help="Output directory of a run, finished or not.")
-    tqdm.write(str(write_report(parser.parse_args(arguments).output_dir)))

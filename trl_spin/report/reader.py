@@ -40,6 +40,7 @@ class Iteration:
     values: dict[str, Any]  # its settings, as planned or as played, and all metrics
     completions: dict[str, pandas.DataFrame]  # see `_measure`
     examples: list[dict[str, Any]]  # held-out pairs with the largest and the smallest margins
+    blind: list[dict[str, Any]]  # random ones, for the blind game
 
 
 @dataclass
@@ -153,8 +154,9 @@ def _read_iteration(run: Run, number: int):
     settings = {key: run.settings.get(key, []) for key in files.RECORDED_OPTIONS}
     planned = {key: values[number] for key, values in settings.items() if number < len(values)}
     values = planned | manifest["metrics"] | record
-    examples = _attempt(run, {}, files.load_json, directory / files.EXAMPLES).get("examples", [])
-    run.iterations.append(Iteration(number, manifest, record, values, completions, examples))
+    kept = _attempt(run, {}, files.load_json, directory / files.EXAMPLES)
+    examples = [kept.get(name, []) for name in ("examples", "blind")]
+    run.iterations.append(Iteration(number, manifest, record, values, completions, *examples))
 
 
 def _measure(pairs: Table) -> pandas.DataFrame:
