@@ -90,7 +90,14 @@ def default_of(config, name):
 
 
 def test_exported_names():
-    assert trl_spin.__all__ == ["SPINConfig", "SPINTrainer", "SelfPlayCallback", "SharedPrefixDPOTrainer", "load_game", "probe"]
+    assert trl_spin.__all__ == [
+        "SPINConfig",
+        "SPINTrainer",
+        "SelfPlayCallback",
+        "SharedPrefixDPOTrainer",
+        "load_game",
+        "probe",
+    ]
     assert all(getattr(trl_spin, name).__name__ == name for name in trl_spin.__all__)
     with pytest.raises(AttributeError):
         trl_spin.Nothing  # noqa: B018
