@@ -36,7 +36,7 @@ from string import Template
 import nbformat
 import pytest
 import yaml
-from conftest import make_dataset, make_model, make_tokenizer
+from conftest import make_dataset, make_model, make_tokenizer, make_trainer
 from datasets import Dataset
 from nbclient import NotebookClient
 from packaging.requirements import Requirement
@@ -155,12 +155,18 @@ def iterations(directory):
 def test_python_blocks(code, hub, tiny_defaults):
     make_model(make_tokenizer(ZEPHYR), hidden_size=64).save_pretrained(hub / "zephyr-7b-spin" / "iteration-3")
     make_tokenizer(ZEPHYR).save_pretrained(hub / "zephyr-7b-spin" / "iteration-3")
+    if "load_game" in code:
+        make_trainer(hub / "gsm8k-spin", num_self_play_iterations=1).train()
     exec(compile(code, "block", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS), ids=lambda command: command[:60])
 def test_commands(command, hub, monkeypatch, capsys):
     arguments = shlex.split(command)
+    if arguments[0] == "export":  # of a run, whose options it does not take
+        make_trainer(hub / arguments[1], num_self_play_iterations=1).train()
+        monkeypatch.setattr(sys, "argv", ["trl-spin", *arguments])
+        return main()
     run_command(monkeypatch, arguments + ["--held_out_size", "4"] * ("--held_out_size" in arguments))
     if arguments[0] == "probe":
         assert "SFT" in capsys.readouterr().out
