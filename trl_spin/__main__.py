@@ -170,10 +170,9 @@ def parse(arguments: list[str]) -> tuple | None:
     return parser.parse_args_and_config(arguments)
 
 
-def parser_of(command: Callable, **options: str) -> argparse.ArgumentParser:
+def parser_of(command: Callable, epilog: str | None = None) -> argparse.ArgumentParser:
     """A parser for a command's own options, which refuses what is wrong with them in one line."""
-    options |= {"prog": f"trl-spin {command.__name__}", "description": command.__doc__, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(**options)
+    parser = argparse.ArgumentParser(f"trl-spin {command.__name__}", None, command.__doc__, epilog, allow_abbrev=False)
     parser.error = refuse
     return parser
 

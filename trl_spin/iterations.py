@@ -31,7 +31,7 @@ from .measures import last_logs
 from .pairs import Game
 from .report.tables import iteration_rows, render
 from .run.checkpoints import keep_model, load_model
-from .run.files import RECORD, RECORDED_OPTIONS, find_fault, model_dir, write_json
+from .run.files import MANIFEST, RECORD, RECORDED_OPTIONS, find_fault, game_dir, model_dir, write_json
 from .run.games import read_manifest, read_models, read_sft, remove_completions
 from .run.logs import logger
 from .run.processes import Processes
@@ -88,8 +88,12 @@ class BestMetric:
 
     def values(self, last: int) -> dict[int, float]:
         """The numbers up to an iteration, where they were measured and their files still exist."""
-        models = read_models(self.output_dir, last)
-        return {model["iteration"]: model[self.name] for model in models if self.name in model}
+        models = {model["iteration"]: model for model in read_models(self.output_dir, last)}
+        for t in range(-1, last + 1):
+            if len(models.get(t, ())) < 2:  # there is no number in it
+                path = model_dir(self.output_dir, t) / RECORD if t >= 0 else game_dir(self.output_dir, 0) / MANIFEST
+                logger.warning(f"{path} is missing or damaged: the model that it measures is not compared.")
+        return {iteration: model[self.name] for iteration, model in models.items() if self.name in model}
 
     def judge(self, iteration: int, logs: dict[str, float]) -> tuple[bool, str | None]:
         """Whether an iteration that has ended is no worse than what it began with, and the verdict in words."""

@@ -175,9 +175,8 @@ class StepMonitor:
         if not max(abs(real), abs(generated)) <= self.tolerance:
             what = f"Iteration {self.game.iteration} does not start at its opponent, where log(p_θ/p_θt) is 0"
             what = f"{what}: over the square root of the length, it is {real:.4g} (real), {generated:.4g} (generated)"
-            why = "`disable_dropout=False`, or a `data_collator` or a callback that changes sequences or weights"
             what = f"{what}, beyond `initial_loss_tolerance` ({self.tolerance}), and the loss is {loss:.4f}"
-            raise ValueError(f"{what}. Usual causes: {why}.")
+            raise ValueError(f"{what}. Usual causes: dropout, a `data_collator`, or a callback that changes weights.")
 
     def summarize(self, mode: str) -> dict[str, list[float]]:
         """What to log of the steps since the last log, which are forgotten."""

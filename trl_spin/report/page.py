@@ -70,8 +70,8 @@ def write_report(output_dir: str | Path) -> Path:
     images = defaultdict(lambda: defaultdict(dict))  # SVG in base64, by kind, dataset and title
     with figures.style():
         for kind, name, title, figure in figures.draw_all(run):
-            parts = [kind, name, re.split("[:(,]", title)[0].strip()]
-            file_name = re.sub(r"[^\w-]+", "-", "_".join(filter(None, parts)))
+            parts = filter(None, [kind, name, re.split("[:(,]", title)[0].strip()])
+            file_name = re.sub(r"[^\w-]+", "-", "_".join(parts))
             with atomic_open(path.with_name(f"{file_name}.png")) as file:
                 figure.savefig(file, format="png", dpi=150)
             svg = io.BytesIO()
@@ -80,8 +80,10 @@ def write_report(output_dir: str | Path) -> Path:
     # What models, datasets and users wrote is escaped wherever the template shows it, and loses what is not text
     environment = Environment(autoescape=True, finalize=_plain, undefined=StrictUndefined, trim_blocks=True)
     environment.loader = FileSystemLoader(Path(__file__).parent)
-    filters = {"code": _code, "number": _number, "setting": _setting, "prefix": metric_prefix, "hash": _hash}
+    filters = {"code": _code, "number": _number, "setting": _setting, "prefix": metric_prefix}
     environment.filters |= filters | {"duration": tqdm.format_interval}
+    # The name of the script in the page's policy, which lets no other run
+    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     template = environment.get_template("report.html.jinja")
     facts = {"now": f"{datetime.now():%Y-%m-%d %H:%M}", "sft": iteration_rows(read_sft(output_dir))}
     page = template.render(run=run, images=images, **facts, **SUMMARY)
@@ -98,11 +100,6 @@ def _plain(value: Any) -> str:
 def _code(message: str) -> Markup:
     """A message of the package's own, with what stands between backticks set as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(_plain(message)))))
-
-
-def _hash(script: str) -> str:
-    """The name of a script in the page's policy, which runs no other."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _number(value: Any, spec: str) -> str:
