@@ -14,10 +14,10 @@
 
 """
 Questions A and D: a model that is deployed with a low temperature repeats itself and does not come to an end. Do opponents
-decoded at that temperature cure it, or opponents of which only those without an end are played?
+decoded at that temperature cure it, or opponents of which only those that repeat themselves are played?
 
 The text is GSM8K's: of a problem, the first sentence is the prompt, and what follows the completion. A model of a
-quarter of a million parameters is trained to its lowest held-out NLL.
+quarter of a million parameters is trained on 4,000 of them, with a learning rate that falls to nothing.
 
     python benchmarks/evidence/repetition.py start --data train.jsonl      # GSM8K's file
     python benchmarks/evidence/repetition.py validate --data train.jsonl
@@ -25,7 +25,6 @@ quarter of a million parameters is trained to its lowest held-out NLL.
 """
 
 import argparse
-import copy
 import json
 import statistics
 from functools import partial
@@ -35,7 +34,7 @@ from typing import Any
 from common import Player, make_llama, quiet, read, run_all
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 MAX_COMPLETION_LENGTH, TEMPERATURES = 128, (0.0, 0.5, 1.0)
@@ -50,7 +49,7 @@ def make_rows() -> dict[str, Dataset]:
         first, end, rest = json.loads(line)["question"].partition(". ")
         if end:
             rows.append({"prompt": first + ".", "completion": " " + rest.strip()})
-    splits = {"validate": NUM_HELD_OUT, "test": NUM_HELD_OUT, "stop": NUM_HELD_OUT, "start": NUM_START}
+    splits = {"validate": NUM_HELD_OUT, "test": NUM_HELD_OUT, "start": NUM_START}
     splits["play"] = len(rows) - sum(splits.values())
     result, begin = {}, 0
     for name, size in splits.items():
@@ -94,19 +93,12 @@ def measure(player: Player, rows: Dataset, seed: int) -> dict[str, float]:
 
 
 def start() -> Player:
-    """SFT to the lowest held-out NLL, with a patience of two passes."""
+    """SFT to its end: a learning rate that falls to nothing."""
     tokenizer, path = make_tokenizer(ROWS["start"]), options.output_dir / "repetition-start"
-    player = Player(make_llama(tokenizer, 64, 3, 512, seed=0), tokenizer, MAX_COMPLETION_LENGTH)
     if not path.exists():
-        set_seed(0)
-        best, since = (float("inf"), None), 0
-        while since < 2:
-            player.sft(ROWS["start"], 2e-3, 0, per_device_train_batch_size=64)
-            nll, since = player.nll(ROWS["stop"], batch_size=64), since + 1
-            print(f"{nll:.4f}", flush=True)
-            if nll < best[0]:
-                best, since = (nll, copy.deepcopy(player.model.state_dict())), 0
-        player.model.load_state_dict(best[1])
+        player = Player(make_llama(tokenizer, 64, 3, 512, seed=0), tokenizer, MAX_COMPLETION_LENGTH)
+        schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_train_batch_size": 32}
+        player.sft(ROWS["start"], 5e-3, 0, 12 * player.sft_flops(ROWS["start"]), **schedule)
         player.model.save_pretrained(path)
     return Player(LlamaForCausalLM.from_pretrained(path), tokenizer, MAX_COMPLETION_LENGTH)
 
