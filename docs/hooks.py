@@ -17,6 +17,7 @@ What the site needs beyond MkDocs: what the pages link to outside of `docs/` bec
 right both in the repository and on the site; and docstrings in TRL's format are turned into Markdown.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -32,6 +33,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(?=[)#])")
 # Pages beside those of `docs/`, and where they are in the repository. Other files that are linked to are shown as they are
 PAGES = {"get_started.md": "README.md"}
 PAGES |= {page: page for page in ("benchmarks/README.md", "benchmarks/evidence/README.md")}
+PAGES["examples/self_play.md"] = "examples/self_play.ipynb"
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".jinja": "jinja", "": "bash"}
 
 
@@ -53,9 +55,28 @@ def target(page: str, link: str) -> str:
     return os.path.normpath(os.path.join(os.path.dirname(in_repository(page)), link))
 
 
+def notebook(path: Path) -> str:
+    """A notebook as Markdown, with what its cells have printed and shown."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
+            if "image/png" in data:
+                parts.append(f"![Figure](data:image/png;base64,{data['image/png'].strip()})")
+            elif "<table>" in data.get("text/html", ""):
+                parts.append(data["text/html"])
+            else:
+                text = "".join(output.get("text", [])) or data["text/plain"]
+                parts.append("~~~text\n" + re.sub(r"\x1b\[[\d;]*m", "", text).strip() + "\n~~~")
+    return "\n\n".join(parts).replace("\n~~~\n\n~~~text\n", "\n")  # what was printed, in one block
+
+
 def on_files(files, config):
     for page, path in PAGES.items():
-        files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
+        source = {"content": notebook(ROOT / path)} if path.endswith(".ipynb") else {"abs_src_path": str(ROOT / path)}
+        files.append(File.generated(config, page, **source))
     for page in [file.src_uri for file in files.documentation_pages()]:
         for link in LINK.findall((ROOT / in_repository(page)).read_text(encoding="utf-8")):
             path = target(page, link)
