@@ -169,7 +169,6 @@ if __name__ == "__main__":
     parser.add_argument("--num_iterations", type=int, default=3, help="Of self-play.")
     parser.add_argument("--num_rows", type=int, default=6000, help="Training rows.")
     parser.add_argument("--num_held_out", type=int, default=1000, help="Held-out prompts.")
-    parser.add_argument("--output_dir", help="Where to keep the run. By default it is temporary.")
+    parser.add_argument("--output_dir", help="Of the run. By default a temporary one, which stays.")
     options = vars(parser.parse_args())
-    with tempfile.TemporaryDirectory() as directory:
-        main(options.pop("output_dir") or directory, **options)
+    main(options.pop("output_dir") or tempfile.mkdtemp(), **options)
