@@ -43,11 +43,11 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM, PrinterCallback, set_seed
 
-from trl_spin import SPINConfig, SPINTrainer
+from trl_spin import SPINTrainer
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from quickstart import COMMON, MAX_COMPLETION_LENGTH, is_valid, make_data, make_model, make_tokenizer, train_sft  # noqa: E402
+from quickstart import MAX_COMPLETION_LENGTH, is_valid, make_args, make_data, make_model, make_tokenizer, train_sft  # noqa: E402
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,22 +67,11 @@ options = parser.parse_args()
 
 def train_spin(model_path: str, dataset, held_out, seed: int) -> str:
     """Runs self-play from an SFT model and returns the directory that holds the model of each iteration."""
-    args = SPINConfig(
-        f"{options.output_dir}/seed-{seed}" if options.output_dir else tempfile.mkdtemp(),
-        num_self_play_iterations=options.num_self_play_iterations,
-        num_train_epochs=3,
-        loss_type=options.loss_type,
-        learning_rate=options.learning_rate,
-        beta=options.beta,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=256,
-        precompute_ref_batch_size=256,
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        train_sampling_strategy="random",  # all rows are about as long: there is nothing to group
-        warmup_steps=0.1,
-        seed=seed,
-        **(COMMON | {"logging_strategy": "steps", "logging_steps": 10}),
-    )
+    given = {
+        name: getattr(options, name) for name in ("num_self_play_iterations", "loss_type", "learning_rate", "beta")
+    }
+    output_dir = f"{options.output_dir}/seed-{seed}" if options.output_dir else tempfile.mkdtemp()
+    args = make_args(output_dir, seed=seed, logging_strategy="steps", logging_steps=10, **given)
     trainer = SPINTrainer(model_path, args=args, train_dataset=dataset, eval_dataset=held_out)
     trainer.remove_callback(PrinterCallback)
     trainer.train()

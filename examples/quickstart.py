@@ -130,6 +130,22 @@ def train_sft(model, tokenizer, dataset, num_epochs: int, learning_rate: float, 
     return trainer.args.output_dir
 
 
+def make_args(output_dir: str, **options) -> SPINConfig:
+    """The game, with other options if wanted."""
+    game = {
+        "num_train_epochs": 3,
+        "learning_rate": [3e-4, 3e-4, 1.5e-4],  # larger ones and a smaller λ gain faster at first, then overshoot
+        "beta": 5.0,  # λ
+        "per_device_train_batch_size": 64,
+        "per_device_eval_batch_size": 256,
+        "precompute_ref_batch_size": 256,
+        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "train_sampling_strategy": "random",  # all rows are about as long: there is nothing to group
+        "warmup_steps": 0.1,
+    }
+    return SPINConfig(output_dir, **(COMMON | game | options))
+
+
 def main(output_dir: str, num_rows: int, num_held_out: int, num_iterations: int):
     set_seed(0)
     dataset, held_out = make_data(num_rows, num_held_out, random.Random(0))
@@ -137,23 +153,8 @@ def main(output_dir: str, num_rows: int, num_held_out: int, num_iterations: int)
     print(f"Supervised fine-tuning (SFT) on {num_rows} rows ...", flush=True)
     sft = train_sft(make_model(tokenizer), tokenizer, dataset, num_epochs=1, learning_rate=2e-3, batch_size=32, seed=0)
 
-    args = SPINConfig(
-        output_dir,
-        num_self_play_iterations=num_iterations,
-        num_train_epochs=3,
-        learning_rate=[3e-4, 3e-4, 1.5e-4],  # larger ones and a smaller λ gain faster at first, then overshoot
-        beta=5.0,  # λ
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=256,
-        precompute_ref_batch_size=256,
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        train_sampling_strategy="random",  # all rows are about as long: there is nothing to group
-        warmup_steps=0.1,
-        metric_for_best_iteration="eval_completions/valid",
-        compare_sft=[1e-3],
-        num_probes=1,
-        **COMMON,
-    )
+    own = {"metric_for_best_iteration": "eval_completions/valid", "compare_sft": [1e-3], "num_probes": 1}
+    args = make_args(output_dir, num_self_play_iterations=num_iterations, **own)
     trainer = SPINTrainer(
         sft, args=args, train_dataset=dataset, eval_dataset=held_out, compute_completion_metrics=valid
     )

@@ -479,7 +479,7 @@ def test_before_the_game_the_datasets_hold_prompts_and_real_completions(tmp_path
     dataset = make_trainer(tmp_path).train_dataset
     assert tokenizer.decode(dataset[1]["prompt_ids"]).startswith("<|im_start|>user\nCount to 2.")
     assert tokenizer.decode(dataset[1]["chosen_ids"]) == "1 2<|im_end|>"
-    assert (dataset[1]["rejected_ids"], dataset[1]["weight"]) == ([], 0.0)
+    assert (dataset[1]["rejected_ids"], dataset[1]["weight"]) == ([], 0.0) and "chosen_ids" in dataset.column_names
     batches = [*make_trainer(tmp_path).get_train_dataloader()]
     assert sum(len(batch["weight"]) for batch in batches) == 12 and not any(b["weight"].any() for b in batches)
 

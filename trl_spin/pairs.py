@@ -209,6 +209,8 @@ class GameDataset(torch.utils.data.Dataset):
         row = self.columns[index]
         return {"chosen_ids": row.pop("real_ids"), "rejected_ids": [], "weight": 0.0} | row
 
+    column_names = property(lambda self: list(self[0]))
+
     def lengths(self) -> np.ndarray:
         """Tokens of each row in this epoch: prompt, real and generated completion."""
         if not self._columns:

@@ -57,17 +57,17 @@ class ExamplesCallback(TrainerCallback):
 
     def _write(self, path: Path, margins: dict[int, float], random: Random):
         ranked, pairs = sorted(margins, key=margins.get, reverse=True), self.game.watched.pairs[0]
-        data, read_prompt = self.game.sources[self.game.watched.name]
+        (data, read_prompt), rows = self.game.sources[self.game.watched.name], pairs["row"][:]
 
         def describe(row: int) -> dict[str, Any]:
-            pair, prompt = pairs[pairs["row"][:].index(row)], _last_turn(read_prompt(data[row]))
+            pair, prompt = pairs[rows.index(row)], _last_turn(read_prompt(data[row]))
             texts = map(_shorten, (prompt, *self.game.rules.decode([pair["real_ids"], pair["generated_ids"]])))
             names = ("row", "margin", "real_first", "prompt", "real", "generated")
             return dict(zip(names, (row, margins[row], random.random() < 0.5, *texts), strict=True))
 
         blind = random.sample(sorted(margins), min(16, len(margins)))
-        rows = {"examples": ranked[:5] + ranked[5:][-5:], "blind": blind}
-        write_json(path, {name: list(map(describe, of_name)) for name, of_name in rows.items()})
+        chosen = {"examples": ranked[:5] + ranked[5:][-5:], "blind": blind}
+        write_json(path, {name: list(map(describe, of_name)) for name, of_name in chosen.items()})
 
 
 class ProbeCallback(TrainerCallback):

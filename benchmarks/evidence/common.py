@@ -72,6 +72,13 @@ class Player:
             * (sum(self._lengths(rows["prompt"][:])) + sum(self._lengths(rows["completion"][:])) + len(rows))
         )
 
+    def game_flops(self, num_pairs: int, prompt: float, completion: float) -> float:
+        """
+        Of one pass of plain self-play over pairs with a prompt and two completions of these lengths: 2(P + G) for
+        generation, and 8(P + R + G) for scoring and training, where a row of SFT counts 6(P + R).
+        """
+        return self.size * num_pairs * (2 * (prompt + completion) + 8 * (prompt + 2 * completion))
+
     def sft(
         self,
         rows: Dataset,

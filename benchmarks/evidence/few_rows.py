@@ -82,7 +82,11 @@ def best_sft(seed: int) -> dict[str, torch.Tensor]:
     return best[1]
 
 
-sft = partial(subset_sums.sft, num_prompts=NUM_ROWS, per_device_train_batch_size=BATCH)
+def sft(player: Player, rows: Dataset, rate: float, seed: int, **more):
+    num_pairs = options.rounds * NUM_ROWS
+    subset_sums.sft(player, rows, rate, seed, num_pairs, per_device_train_batch_size=BATCH, **more)
+
+
 play = partial(subset_sums.play, prompts_per_iteration=None, per_device_train_batch_size=BATCH)
 ARMS = {
     "more SFT": sft,

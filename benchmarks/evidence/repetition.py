@@ -36,6 +36,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trl_spin.report.signals import repetition
+
 
 MAX_COMPLETION_LENGTH, TEMPERATURES = 128, (0.0, 0.5, 1.0)
 ROUNDS, PROMPTS, BATCH, RATES = 3, 384, 64, (3e-5, 1e-4, 3e-4)
@@ -69,15 +71,9 @@ def make_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
-def repeated(ids: list[int]) -> float:
-    """Share of the 4-grams that occurred before in the same completion."""
-    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def loops(prompts: list[str], completions: list[str], real: list[str]) -> list[bool]:
     """The pair filter: only completions that repeat themselves are played against."""
-    return [repeated(list(text.encode())) > 0.25 for text in completions]
+    return [repetition(list(text.encode())) > 0.25 for text in completions]
 
 
 def measure(player: Player, rows: Dataset, seed: int) -> dict[str, float]:
@@ -86,7 +82,7 @@ def measure(player: Player, rows: Dataset, seed: int) -> dict[str, float]:
         for temperature in TEMPERATURES:
             ids = player.complete(prompts, temperature, seed, repetition_penalty=penalty)
             ended = [row[-1] == player.tokenizer.eos_token_id for row in ids]
-            result[f"repeated at {temperature:g}{name}"] = statistics.fmean(map(repeated, ids))
+            result[f"repeated at {temperature:g}{name}"] = statistics.fmean(map(repetition, ids))
             result[f"ended at {temperature:g}{name}"] = sum(ended) / len(ended)
             result[f"length at {temperature:g}{name}"] = statistics.fmean(map(len, ids))
     return result
@@ -110,11 +106,11 @@ def play(player: Player, rows: Dataset, rate: float, seed: int, pair_filter=None
 
 
 def sft(player: Player, rows: Dataset, rate: float, seed: int, **more: Any):
-    """As many FLOPs as plain self-play with completions as long as the real ones: 2(P + G) + 8(P + R + G)."""
+    """As many FLOPs as plain self-play with completions as long as the real ones."""
     lengths = {name: [len(ids) for ids in player.tokenizer(rows[name][:])["input_ids"]] for name in rows.column_names}
     prompt, completion = statistics.fmean(lengths["prompt"]), statistics.fmean(lengths["completion"]) + 1
-    flops = 2 * (prompt + completion) + 8 * (prompt + 2 * completion)
-    player.sft(rows, rate, seed, player.size * ROUNDS * PROMPTS * flops, per_device_train_batch_size=BATCH, **more)
+    flops = player.game_flops(ROUNDS * PROMPTS, prompt, completion)
+    player.sft(rows, rate, seed, flops, per_device_train_batch_size=BATCH, **more)
 
 
 ARMS = {

@@ -70,16 +70,8 @@ def sft(player: Player, rows: Dataset, rate: float, seed: int, after, **more: An
     size = len(rows) // options.rounds
     for t in range(options.rounds):
         part = rows.select(range(t * size, (t + 1) * size))
-        subset_sums.sft(
-            player,
-            part,
-            rate,
-            seed,
-            num_prompts=PROMPTS / options.rounds,  # `subset_sums.sft` counts all rounds
-            per_device_train_batch_size=BATCH,
-            optimizer=optimizer,
-            **more,
-        )
+        training = {"per_device_train_batch_size": BATCH, "optimizer": optimizer} | more
+        subset_sums.sft(player, part, rate, seed, PROMPTS, **training)
         after(player)
 
 

@@ -94,11 +94,9 @@ def play(player: Player, rows: Dataset, rate: float, seed: int, pair_filter=None
     player.play(rows, None, seed, pair_filter, **(args | more))
 
 
-def sft(player: Player, rows: Dataset, rate: float, seed: int, num_prompts: float | None = None, **more):
-    """As many FLOPs as plain self-play: 2(P + G) + 8(P + R + G) for each pair, where a row of SFT counts 6(P + R)."""
-    prompt, completion = NUM_GIVEN + 3, NUM_CHOSEN + 1
-    flops = 2 * (prompt + completion) + 8 * (prompt + 2 * completion)
-    flops *= player.size * options.rounds * (num_prompts or PROMPTS)
+def sft(player: Player, rows: Dataset, rate: float, seed: int, num_pairs: int | None = None, **more):
+    """As many FLOPs as plain self-play on so many pairs, those of all rounds by default."""
+    flops = player.game_flops(num_pairs or options.rounds * PROMPTS, NUM_GIVEN + 3, NUM_CHOSEN + 1)
     player.sft(rows, rate, seed, flops=flops, **({"per_device_train_batch_size": BATCH} | more))
 
 
