@@ -61,23 +61,26 @@ class Player:
     def size(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def training_flops(self) -> int:
+        """Of training on a token, for each parameter: adapters need no gradients of the other weights."""
+        return 6 if all(parameter.requires_grad for parameter in self.model.parameters()) else 4
+
     def _lengths(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
 
     def sft_flops(self, rows: Dataset) -> float:
         """Of a pass of SFT over rows: 6N for each token of prompt and completion, its end token included."""
-        return (
-            6
-            * self.size
-            * (sum(self._lengths(rows["prompt"][:])) + sum(self._lengths(rows["completion"][:])) + len(rows))
-        )
+        tokens = sum(self._lengths(rows["prompt"][:])) + sum(self._lengths(rows["completion"][:])) + len(rows)
+        return self.training_flops * self.size * tokens
 
     def game_flops(self, num_pairs: int, prompt: float, completion: float) -> float:
         """
         Of one pass of plain self-play over pairs with a prompt and two completions of these lengths: 2(P + G) for
         generation, and 8(P + R + G) for scoring and training, where a row of SFT counts 6(P + R).
         """
-        return self.size * num_pairs * (2 * (prompt + completion) + 8 * (prompt + 2 * completion))
+        generation, pair = 2 * (prompt + completion), prompt + 2 * completion
+        return self.size * num_pairs * (generation + (2 + self.training_flops) * pair)
 
     def sft(
         self,
@@ -150,7 +153,11 @@ class Player:
         played = record["self_play/played"]  # what is not played is scored, but not trained on
         pair = prompt + real + generated
         passes = args.per_iteration("num_train_epochs")[int(record["iteration"])]
-        return self.size * len(rows) * (2 * (prompt + generated) + 2 * pair + 6 * passes * played * pair)
+        return (
+            self.size
+            * len(rows)
+            * (2 * (prompt + generated) + 2 * pair + self.training_flops * passes * played * pair)
+        )
 
     @torch.no_grad()
     def complete(

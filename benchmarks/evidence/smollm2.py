@@ -1,0 +1,163 @@
+# Copyright 2026 The trl-spin authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Question G: a real model, few rows and LoRA. Does anything of the study look different with SmolLM2-135M-Instruct?
+
+A sentence with two given words: "Words: profit, sell\nSentence:" -> " Tilly needs to sell 100 bags to make $300 in
+profit." The sentences are those of GSM8K's problems, and a program sees whether the words are there. SFT on 256 rows
+goes to the lowest held-out NLL; then the same rows are played, or trained on for as many FLOPs.
+
+    python benchmarks/real_model.py --only_model smollm2
+    python benchmarks/evidence/smollm2.py run --model smollm2 --data train.jsonl        # GSM8K's file
+    python benchmarks/evidence/smollm2.py probe --model smollm2 --data train.jsonl
+"""
+
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Player, quiet, run_all
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from trl_spin import SPINConfig, SPINTrainer, probe
+
+
+NUM_ROWS, NUM_HELD_OUT, NUM_TEST, BATCH, MAX_COMPLETION_LENGTH = 256, 100, 400, 16, 24
+GAME = {"num_self_play_iterations": 2, "beta": 5.0, "per_device_train_batch_size": BATCH}
+
+
+def make_rows() -> list[dict[str, str]]:
+    """Sentences of 6 to 16 words, each once, and two of their longer words."""
+    draw, rows = random.Random(0), {}
+    for line in options.data.read_text(encoding="utf-8").splitlines():
+        for sentence in re.split(r"(?<=[.])\s+", json.loads(line)["question"].strip()):
+            words = sorted({word.lower() for word in re.findall("[A-Za-z]{5,}", sentence)})
+            if 6 <= len(sentence.split()) <= 16 and sentence.endswith(".") and len(words) >= 2:
+                rows.setdefault(sentence, draw.sample(words, 2))
+    rows = [{"prompt": f"Words: {', '.join(w)}\nSentence:", "completion": f" {s}"} for s, w in rows.items()]
+    draw.shuffle(rows)
+    return rows
+
+
+def is_right(prompt: str, completion: str) -> bool:
+    """Whether a completion is a sentence that has the words."""
+    wanted = re.findall("[a-z]+", prompt.removeprefix("Words: ").split("\n")[0])
+    return set(wanted) <= set(re.findall("[a-z]+", completion.lower())) and completion.strip().endswith(".")
+
+
+def wrong_ones(prompts: list[str], completions: list[str], real: list[str]) -> list[bool]:
+    return [not is_right(*pair) for pair in zip(prompts, completions, strict=True)]
+
+
+def new_player(model: str | Path) -> Player:
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    return Player(get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora), tokenizer, MAX_COMPLETION_LENGTH)
+
+
+def start() -> Path:
+    """SFT with LoRA to the lowest held-out NLL, merged."""
+    path = options.output_dir / "sentences-start"
+    if not path.exists():
+        player, best = new_player(options.model), None
+        while True:
+            player.sft(ROWS["train"], 3e-4, 0, per_device_train_batch_size=BATCH)
+            nll = player.nll(ROWS["held_out"], batch_size=25)
+            print(f"NLL {nll:.4f}", flush=True)
+            if best is not None and nll > best[0]:
+                break
+            best = nll, {name: w.detach().clone() for name, w in player.model.state_dict().items() if "lora" in name}
+        player.model.load_state_dict(best[1], strict=False)
+        player.model.merge_and_unload().save_pretrained(path)
+    return path
+
+
+def measure(player: Player) -> dict[str, float]:
+    rows = ROWS["test"]
+    prompts, result = rows["prompt"][:], {"nll": player.nll(rows, batch_size=25), "flops": player.flops}
+    for temperature in (0.0, 1.0):
+        texts = player.texts(player.complete(prompts, temperature, 0, batch_size=200))
+        result[f"right at {temperature:g}"] = sum(map(is_right, prompts, texts)) / len(prompts)
+    return result
+
+
+def sft(player: Player, rate: float, **more: Any):
+    """As many FLOPs as plain self-play with completions as long as the real ones."""
+    rows = ROWS["train"]
+    prompt, completion = (sum(map(len, player.tokenizer(rows[name][:])["input_ids"])) for name in rows.column_names)
+    flops = GAME["num_self_play_iterations"] * player.game_flops(1, prompt, completion + len(rows))
+    player.sft(rows, rate, 1, flops, per_device_train_batch_size=BATCH, **more)
+
+
+def play(player: Player, rate: float, pair_filter=None):
+    player.play(ROWS["train"], None, 1, pair_filter, learning_rate=rate, warmup_steps=0, **GAME)
+
+
+ARMS = {
+    "more SFT": sft,
+    "verified self-play": lambda player, rate: play(player, rate, wrong_ones),
+    "self-play": play,
+    "DFT": lambda player, rate: sft(player, rate, loss_type="dft"),
+}
+
+
+def run(arm: str, rate: float) -> dict[str, float]:
+    player = new_player(start())
+    set_seed(1)
+    if arm != "start":
+        ARMS[arm](player, rate)
+    return measure(player)
+
+
+def ask():
+    """What `trl-spin probe` says of the start, with the checker."""
+    args = SPINConfig(
+        str(options.output_dir / "probe"),
+        max_completion_length=MAX_COMPLETION_LENGTH,
+        use_cpu=True,
+        bf16=False,
+        **GAME,
+    )
+    rows = ROWS["train"], ROWS["held_out"]
+    player = new_player(start())
+    trainer = SPINTrainer(player.model, None, args, None, *rows, player.tokenizer, pair_filter=wrong_ones)
+    probe(trainer)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["run", "probe"])
+    parser.add_argument("--model", required=True, help="Directory with SmolLM2-135M-Instruct.")
+    parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl.")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4])
+    parser.add_argument("--output_dir", type=Path, default=Path("evidence"), help="Where the start is kept.")
+    options = parser.parse_args()
+    quiet()
+    ROWS, begin = {}, 0
+    for name, size in {"test": NUM_TEST, "held_out": NUM_HELD_OUT, "train": NUM_ROWS}.items():
+        ROWS[name] = Dataset.from_list(make_rows()[begin : begin + size])
+        begin += size
+    if options.stage == "probe":
+        ask()
+    else:
+        plan = [{"arm": arm, "rate": rate} for rate in options.rates for arm in ARMS]
+        run_all("smollm2", [{"arm": "start", "rate": 0.0}, *plan], run)
