@@ -23,6 +23,7 @@ nothing is memorized: a model of 31,000 parameters settles where it stops gettin
     python benchmarks/evidence/subset_sums.py validate       # each arm at three learning rates
     python benchmarks/evidence/subset_sums.py test           # each arm at its best rate, five seeds
     python benchmarks/evidence/subset_sums.py ablate         # verified self-play, one thing changed at a time
+    python benchmarks/evidence/subset_sums.py longer         # twice the budget, in rounds of ten steps at λ = 5
 """
 
 import argparse
@@ -42,7 +43,7 @@ LARGEST, NUM_GIVEN, NUM_CHOSEN = 20, 5, 3
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROMPTS, BATCH = 2048, 2048  # of a round
 RATES = (1e-4, 3e-4, 1e-3)
-STAGES = {"start": 0, "validate": 1, "ablate": 1, "test": 2}  # seeds of the prompts
+STAGES = {"start": 0, "validate": 1, "ablate": 1, "test": 2, "longer": 4}  # seeds of the prompts
 
 
 def make_rows(num_rows: int, seed: int) -> Dataset:
@@ -100,13 +101,14 @@ def sft(player: Player, rows: Dataset, rate: float, seed: int, num_pairs: int | 
     player.sft(rows, rate, seed, flops=flops, **({"per_device_train_batch_size": BATCH} | more))
 
 
-def rejection(player: Player, rows: Dataset, rate: float, seed: int):
+def rejection(player: Player, rows: Dataset, rate: float, seed: int, steps: int = 1):
     """Rejection-sampling fine-tuning: in each round, SFT on the real completions and on the model's own right ones."""
     optimizer = torch.optim.AdamW(player.model.parameters(), rate, weight_decay=0.0)  # goes on from round to round
-    for t in range(options.rounds):
-        part = rows.select(range(t * PROMPTS, (t + 1) * PROMPTS))
+    size = steps * PROMPTS
+    for t in range(len(rows) // size):
+        part = rows.select(range(t * size, (t + 1) * size))
         texts = player.texts(player.complete(part["prompt"][:], 1.0, seed * 1000 + t))
-        player.flops += 2 * player.size * PROMPTS * (NUM_GIVEN + NUM_CHOSEN + 4)
+        player.flops += 2 * player.size * size * (NUM_GIVEN + NUM_CHOSEN + 4)
         right = [pair for pair in zip(part["prompt"], texts, strict=True) if is_right(*pair)]
         own = [{"prompt": prompt, "completion": " " + text} for prompt, text in right]
         player.sft(
@@ -135,6 +137,10 @@ ABLATIONS = {
     "verified, 6 rounds of 10 steps, correlation loss": partial(LONG, loss_type=["correlation"]),
     "verified, 6 rounds of 10 steps, hinge loss": partial(LONG, loss_type=["hinge"]),
 }
+LONGER = {
+    "rejection sampling": partial(rejection, steps=10),
+    "verified self-play": partial(LONG, num_self_play_iterations=12, beta=5.0),
+}
 
 
 def start() -> Player:
@@ -153,7 +159,8 @@ def run(arm: str, rate: float, seed: int) -> dict[str, float]:
     player, rows = start(), make_rows(options.rounds * PROMPTS, seed=1000 + seed)
     set_seed(seed)
     if arm != "start":
-        (ARMS | ABLATIONS)[arm](player, rows, rate, seed)
+        arms = ARMS | ABLATIONS | (LONGER if options.stage == "longer" else {})
+        arms[arm](player, rows, rate, seed)
     return measure(player, make_rows(options.num_held_out, seed=STAGES[options.stage]), seed)
 
 
@@ -170,6 +177,8 @@ def main():
     else:
         best = {row["arm"]: row["rate"] for row in sorted(read("subset_sums_validate"), key=best_of)}
         seeds = range(1, options.num_seeds + 1)
+        if options.stage == "longer":
+            options.rounds, options.arms = 120, ["verified self-play", "DFT", "rejection sampling", "more SFT"]
         plan += [{"arm": arm, "rate": best[arm], "seed": seed} for seed in seeds for arm in options.arms]
     run_all(f"subset_sums_{options.stage}", plan, run)
 
