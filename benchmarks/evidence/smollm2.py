@@ -28,6 +28,7 @@ import argparse
 import json
 import random
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,16 @@ def sft(player: Player, rate: float, **more: Any):
     player.sft(rows, rate, 1, flops, per_device_train_batch_size=BATCH, **more)
 
 
-def play(player: Player, rate: float, pair_filter=None):
-    player.play(ROWS["train"], None, 1, pair_filter, learning_rate=rate, warmup_steps=0, **GAME)
+def play(player: Player, rate: float, pair_filter=None, **more: Any):
+    player.play(ROWS["train"], None, 1, pair_filter, learning_rate=rate, warmup_steps=0, **(GAME | more))
 
 
 ARMS = {
     "more SFT": sft,
-    "verified self-play": lambda player, rate: play(player, rate, wrong_ones),
+    "verified self-play": partial(play, pair_filter=wrong_ones),
     "self-play": play,
-    "DFT": lambda player, rate: sft(player, rate, loss_type="dft"),
+    "DFT": partial(sft, loss_type="dft"),
+    "self-play, λ = 1": partial(play, beta=1.0),
 }
 
 
