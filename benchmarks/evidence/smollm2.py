@@ -20,8 +20,7 @@ profit." The sentences are those of GSM8K's problems, and a program sees whether
 goes to the lowest held-out NLL; then the same rows are played, or trained on for as many FLOPs.
 
     python benchmarks/real_model.py --only_model smollm2
-    python benchmarks/evidence/smollm2.py run --model smollm2 --data train.jsonl        # GSM8K's file
-    python benchmarks/evidence/smollm2.py probe --model smollm2 --data train.jsonl
+    python benchmarks/evidence/smollm2.py --model smollm2 --data train.jsonl        # GSM8K's file
 """
 
 import argparse
@@ -38,14 +37,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from trl_spin import SPINConfig, SPINTrainer, probe
-
 
 NUM_ROWS, NUM_HELD_OUT, NUM_TEST, BATCH, MAX_COMPLETION_LENGTH = 256, 100, 400, 16, 24
 GAME = {"num_self_play_iterations": 2, "beta": 5.0, "per_device_train_batch_size": BATCH}
 
 
-def make_rows() -> list[dict[str, str]]:
+def make_rows() -> dict[str, Dataset]:
     """Sentences of 6 to 16 words, each once, and two of their longer words."""
     draw, rows = random.Random(0), {}
     for line in options.data.read_text(encoding="utf-8").splitlines():
@@ -55,7 +52,11 @@ def make_rows() -> list[dict[str, str]]:
                 rows.setdefault(sentence, draw.sample(words, 2))
     rows = [{"prompt": f"Words: {', '.join(w)}\nSentence:", "completion": f" {s}"} for s, w in rows.items()]
     draw.shuffle(rows)
-    return rows
+    splits, begin = {}, 0
+    for name, size in {"test": NUM_TEST, "held_out": NUM_HELD_OUT, "train": NUM_ROWS}.items():
+        splits[name] = Dataset.from_list(rows[begin : begin + size])
+        begin += size
+    return splits
 
 
 def is_right(prompt: str, completion: str) -> bool:
@@ -79,10 +80,10 @@ def start() -> Path:
     """SFT with LoRA to the lowest held-out NLL, merged."""
     path = options.output_dir / "sentences-start"
     if not path.exists():
-        player, best = new_player(options.model), None
+        player, rows, best = new_player(options.model), make_rows(), None
         while True:
-            player.sft(ROWS["train"], 3e-4, 0, per_device_train_batch_size=BATCH)
-            nll = player.nll(ROWS["held_out"], batch_size=25)
+            player.sft(rows["train"], 3e-4, 0, per_device_train_batch_size=BATCH)
+            nll = player.nll(rows["held_out"], batch_size=25)
             print(f"NLL {nll:.4f}", flush=True)
             if best is not None and nll > best[0]:
                 break
@@ -93,7 +94,7 @@ def start() -> Path:
 
 
 def measure(player: Player) -> dict[str, float]:
-    rows = ROWS["test"]
+    rows = make_rows()["test"]
     prompts, result = rows["prompt"][:], {"nll": player.nll(rows, batch_size=25), "flops": player.flops}
     for temperature in (0.0, 1.0):
         texts = player.texts(player.complete(prompts, temperature, 0, batch_size=200))
@@ -103,14 +104,14 @@ def measure(player: Player) -> dict[str, float]:
 
 def sft(player: Player, rate: float, **more: Any):
     """As many FLOPs as plain self-play with completions as long as the real ones."""
-    rows = ROWS["train"]
+    rows = make_rows()["train"]
     prompt, completion = (sum(map(len, player.tokenizer(rows[name][:])["input_ids"])) for name in rows.column_names)
     flops = GAME["num_self_play_iterations"] * player.game_flops(1, prompt, completion + len(rows))
     player.sft(rows, rate, 1, flops, per_device_train_batch_size=BATCH, **more)
 
 
 def play(player: Player, rate: float, pair_filter=None, **more: Any):
-    player.play(ROWS["train"], None, 1, pair_filter, learning_rate=rate, warmup_steps=0, **(GAME | more))
+    player.play(make_rows()["train"], None, 1, pair_filter, learning_rate=rate, warmup_steps=0, **(GAME | more))
 
 
 ARMS = {
@@ -130,36 +131,13 @@ def run(arm: str, rate: float) -> dict[str, float]:
     return measure(player)
 
 
-def ask():
-    """What `trl-spin probe` says of the start, with the checker."""
-    args = SPINConfig(
-        str(options.output_dir / "probe"),
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        use_cpu=True,
-        bf16=False,
-        **GAME,
-    )
-    rows = ROWS["train"], ROWS["held_out"]
-    player = new_player(start())
-    trainer = SPINTrainer(player.model, None, args, None, *rows, player.tokenizer, pair_filter=wrong_ones)
-    probe(trainer)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["run", "probe"])
     parser.add_argument("--model", required=True, help="Directory with SmolLM2-135M-Instruct.")
     parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl.")
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4])
     parser.add_argument("--output_dir", type=Path, default=Path("evidence"), help="Where the start is kept.")
     options = parser.parse_args()
     quiet()
-    ROWS, begin = {}, 0
-    for name, size in {"test": NUM_TEST, "held_out": NUM_HELD_OUT, "train": NUM_ROWS}.items():
-        ROWS[name] = Dataset.from_list(make_rows()[begin : begin + size])
-        begin += size
-    if options.stage == "probe":
-        ask()
-    else:
-        plan = [{"arm": arm, "rate": rate} for rate in options.rates for arm in ARMS]
-        run_all("smollm2", [{"arm": "start", "rate": 0.0}, *plan], run)
+    plan = [{"arm": arm, "rate": rate} for rate in options.rates for arm in ARMS]
+    run_all("smollm2", [{"arm": "start", "rate": 0.0}, *plan], run)
