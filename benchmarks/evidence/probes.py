@@ -71,8 +71,8 @@ def letters():
 
 
 def text(**options: Any):
-    rows = repetition.make_rows()
-    rows = rows["play"].select(range(repetition.PROMPTS)), rows["validate"]
+    repetition.ROWS = repetition.make_rows()
+    rows = repetition.ROWS["play"].select(range(repetition.PROMPTS)), repetition.ROWS["validate"]
     return ask(repetition.start(), *rows, per_device_train_batch_size=repetition.BATCH, **options)
 
 
