@@ -117,6 +117,7 @@ ARMS = {
     "more SFT": sft,
     "DFT": partial(sft, loss_type="dft"),
     "self-play, T = 1, λ = 1": play,
+    "self-play, T = 1, λ = 5": partial(play, beta=5.0),
     "self-play, T = 0.5, λ = 2": partial(play, temperature=0.5, beta=2.0),
     "self-play, T = 0.01, λ = 5": partial(play, temperature=0.01, beta=5.0),
     "self-play against loops, T = 0.5": partial(play, temperature=0.5, beta=2.0, pair_filter=loops),
