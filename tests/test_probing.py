@@ -119,7 +119,7 @@ def test_a_probe_without_held_out_rows_says_so_and_few_rows_are_refused(tmp_path
     assert re.search(r"λ must be above 1/\(2T\) = 1.2, and is 1: raise `beta`", out)
     half = {"pair_filter": lambda prompts, completions, real: [i % 2 for i in range(8)]}
     numbers = trl_spin.probe(make_trainer(tmp_path / "filtered", dataset=make_dataset(16), **half))
-    assert numbers["kept"] == (0.5, *proportion_interval(0.5, 8)) and "Play verified" in numbers["verdict"]
+    assert numbers["kept"] == (0.5, *proportion_interval(0.5, 8)) and "After that, play verified" in numbers["verdict"]
     with pytest.raises(ValueError, match="needs 4 prompts and 4 training rows, and has 3 and 3"):
         trl_spin.probe(make_trainer(tmp_path / "b", dataset=make_dataset(6)))
     trainer = make_trainer(tmp_path / "c")
