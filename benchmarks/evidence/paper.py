@@ -48,6 +48,8 @@ ONCE = {"num_self_play_iterations": 1}
 ARMS = {
     "more SFT": None,
     "4 iterations": {},
+    "8 iterations of 1 pass": {"num_self_play_iterations": 8, "num_train_epochs": 1},
+    "4 iterations, batches of 256": {"per_device_train_batch_size": 256},
     "1 iteration of 4 passes": ONCE | {"num_train_epochs": 4},
     "1 iteration of 8 passes": ONCE | {"num_train_epochs": 8},
     "3,000 rows": ONCE | {"max_prompts": 3000},

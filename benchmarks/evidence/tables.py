@@ -62,10 +62,19 @@ def differences(name: str, measure, arm: str):
     by_arm = defaultdict(dict)
     for row in read(name):
         by_arm[row["arm"]][row["seed"]] = measure(row)
+    print(f"\n{name}\n")
     for other in by_arm.keys() - {arm, "start"}:
         seeds = by_arm[arm].keys() & by_arm[other].keys()
         if seeds:
             print(f"{arm} - {other}: {cell([by_arm[arm][s] - by_arm[other][s] for s in sorted(seeds)], 4)}")
+
+
+def by_iteration(name: str, arm: str, key: str):
+    """Prints a number at the start and after each iteration, and what each iteration added."""
+    curves = [[point[key] for point in row["curve"]] for row in read(name) if row["arm"] == arm]
+    gains = [[after - before for before, after in zip(curve, curve[1:], strict=False)] for curve in curves]
+    for what, values in (("", curves), (", gains", gains)):
+        print(f"{arm}, {key}{what}: {', '.join(cell(list(column)) for column in zip(*values, strict=True))}")
 
 
 def draw_temperatures(name: str, prefix: str, label: str):
@@ -95,13 +104,16 @@ if __name__ == "__main__":
     kept = {f"old at {level}": f"old at {level}" for level in (0.5, 0.8, 0.9)}
     loops = {f"{what} at T = {t}": f"{what} at {t}" for what in ("repeated", "ended") for t in ("0", "0.5", "1")}
     loops |= {"repeated at T = 0.5, penalty": "repeated at 0.5 with a penalty of 1.2", "NLL": "nll"}
-    for script, columns in (("subset_sums", diverse), ("few_rows", right), ("repetition", loops), ("retention", kept)):
-        for stage in ("validate", "test", "ablate"):
+    three = {title: key for title, key in right.items() if key not in ("right at 0.25", "right at 0.75")}
+    scripts = {"subset_sums": diverse, "few_rows": right, "repetition": loops, "retention": kept, "paper": three}
+    for script, columns in scripts.items():
+        for stage in ("validate", "test", "ablate", "longer"):
             if read(f"{script}_{stage}"):
                 table(f"{script}_{stage}", columns)
-    differences(
-        "subset_sums_test",
-        lambda row: max(row[key] for key in row if key.startswith("right at")),
-        "verified self-play",
-    )
+    table("smollm2", {title: key for title, key in three.items() if key != "right at 0.5"})
+    for name in ("subset_sums_test", "subset_sums_longer"):
+        differences(name, lambda row: max(row[key] for key in row if key.startswith("right at")), "verified self-play")
+    differences("paper_test", lambda row: row["right at 1"], "4 iterations")
+    by_iteration("paper_test", "4 iterations", "right at 1")
+    by_iteration("paper_test", "4 iterations", "nll")
     draw_temperatures("subset_sums_test", "right at ", "right completions")
