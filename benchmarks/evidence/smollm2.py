@@ -102,16 +102,16 @@ def measure(player: Player) -> dict[str, float]:
     return result
 
 
-def sft(player: Player, rate: float, **more: Any):
+def sft(player: Player, rate: float, seed: int, **more: Any):
     """As many FLOPs as plain self-play with completions as long as the real ones."""
     rows = make_rows()["train"]
     prompt, completion = (sum(map(len, player.tokenizer(rows[name][:])["input_ids"])) for name in rows.column_names)
     flops = GAME["num_self_play_iterations"] * player.game_flops(1, prompt, completion + len(rows))
-    player.sft(rows, rate, 1, flops, per_device_train_batch_size=BATCH, **more)
+    player.sft(rows, rate, seed, flops, per_device_train_batch_size=BATCH, **more)
 
 
-def play(player: Player, rate: float, pair_filter=None, **more: Any):
-    player.play(make_rows()["train"], None, 1, pair_filter, learning_rate=rate, warmup_steps=0, **(GAME | more))
+def play(player: Player, rate: float, seed: int, pair_filter=None, **more: Any):
+    player.play(make_rows()["train"], None, seed, pair_filter, learning_rate=rate, warmup_steps=0, **(GAME | more))
 
 
 ARMS = {
@@ -123,11 +123,11 @@ ARMS = {
 }
 
 
-def run(arm: str, rate: float) -> dict[str, float]:
+def run(arm: str, rate: float, seed: int) -> dict[str, float]:
     player = new_player(start())
-    set_seed(1)
+    set_seed(seed)
     if arm != "start":
-        ARMS[arm](player, rate)
+        ARMS[arm](player, rate, seed)
     return measure(player)
 
 
@@ -135,9 +135,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Directory with SmolLM2-135M-Instruct.")
     parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl.")
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--output_dir", type=Path, default=Path("evidence"), help="Where the start is kept.")
     options = parser.parse_args()
     quiet()
-    plan = [{"arm": arm, "rate": rate} for rate in options.rates for arm in ARMS]
-    run_all("smollm2", [{"arm": "start", "rate": 0.0}, *plan], run)
+    plan = [{"arm": arm, "rate": options.rate, "seed": seed} for seed in options.seeds for arm in options.arms]
+    run_all("smollm2", [{"arm": "start", "rate": 0.0, "seed": 0}, *plan], run)

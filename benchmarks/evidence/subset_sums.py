@@ -178,7 +178,7 @@ def main():
         best = {row["arm"]: row["rate"] for row in sorted(read("subset_sums_validate"), key=best_of)}
         seeds = range(1, options.num_seeds + 1)
         if options.stage == "longer":
-            options.rounds, options.arms = 120, ["verified self-play", "DFT", "rejection sampling", "more SFT"]
+            options.rounds, options.arms = 120, [arm for arm in options.arms if arm != "self-play"]
         plan += [{"arm": arm, "rate": best[arm], "seed": seed} for seed in seeds for arm in options.arms]
     run_all(f"subset_sums_{options.stage}", plan, run)
 
