@@ -114,12 +114,28 @@ def play(player: Player, rate: float, seed: int, pair_filter=None, **more: Any):
     player.play(make_rows()["train"], None, seed, pair_filter, learning_rate=rate, warmup_steps=0, **(GAME | more))
 
 
+def rejection(player: Player, rate: float, seed: int):
+    """Rejection-sampling fine-tuning: in each round, two passes over the real and the model's own right completions."""
+    optimizer = torch.optim.AdamW([w for w in player.model.parameters() if w.requires_grad], rate, weight_decay=0.0)
+    rows = make_rows()["train"]
+    for t in range(GAME["num_self_play_iterations"]):
+        ids = player.complete(rows["prompt"][:], 1.0, seed * 1000 + t, batch_size=128)
+        length = sum(map(len, ids)) + sum(map(len, player.tokenizer(rows["prompt"][:])["input_ids"]))
+        player.flops += 2 * player.size * length
+        pairs = [pair for pair in zip(rows["prompt"], player.texts(ids), strict=True) if is_right(*pair)]
+        both = Dataset.from_list(rows.to_list() + [dict(zip(rows.column_names, pair, strict=True)) for pair in pairs])
+        options = {"optimizer": optimizer, "per_device_train_batch_size": BATCH}
+        player.sft(both, rate, seed + t, 2 * player.sft_flops(both), **options)
+
+
 ARMS = {
     "more SFT": sft,
     "verified self-play": partial(play, pair_filter=wrong_ones),
     "self-play": play,
     "DFT": partial(sft, loss_type="dft"),
     "self-play, λ = 1": partial(play, beta=1.0),
+    "rejection sampling": rejection,
+    "verified self-play, 6 rounds": partial(play, pair_filter=wrong_ones, num_self_play_iterations=6),
 }
 
 
