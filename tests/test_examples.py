@@ -27,7 +27,6 @@ import subprocess
 import sys
 import textwrap
 import tomllib
-from argparse import Namespace
 from configparser import ConfigParser
 from importlib.resources import files
 from pathlib import Path
@@ -268,77 +267,6 @@ def test_letters_with_two_seeds(tiny_defaults, capsys, monkeypatch):
         first, second = (rows[i]["nll"] for rows in runs)
         assert cells[1] == pytest.approx(((first + second) / 2, abs(first - second) / 2), abs=6e-4)
     assert table[6].startswith("Self-play took the share of valid answers from")
-
-
-def test_the_study_gives_its_arms_the_same_compute(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "evidence")
-    import common
-    import subset_sums
-
-    arms = ["more SFT", "rejection sampling", "self-play", "verified self-play"]
-    options = {"stage": "validate", "arms": arms, "rates": [1e-3], "rounds": 2}
-    options |= {"start_rows": 512, "num_held_out": 16}
-    monkeypatch.setattr(subset_sums, "options", Namespace(**options, output_dir=tmp_path), raising=False)
-    for name, value in {"PROMPTS": 64, "BATCH": 32, "quiet": lambda: None}.items():
-        monkeypatch.setattr(subset_sums, name, value)
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    subset_sums.main()
-    results = {row["arm"]: row for row in common.read("subset_sums_validate")}
-    assert [*results] == ["start", *arms] and all(0 <= row["right at 1"] <= 1 for row in results.values())
-    # The completions of an untrained model are as long as they may be, and wrong
-    flops = {arm: row["flops"] for arm, row in results.items()}
-    assert flops["more SFT"] == pytest.approx(flops["self-play"], rel=0.1)
-    assert flops["verified self-play"] == pytest.approx(flops["self-play"], rel=0.1)
-    assert 0 == flops["start"] < flops["rejection sampling"]
-    subset_sums.main()  # what is there is not run again
-    assert len(common.read("subset_sums_validate")) == 5
-
-
-@pytest.fixture
-def study(tmp_path, monkeypatch):
-    """Sizes of the study's scripts, and a short start for all of them."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "evidence")
-    import subset_sums
-
-    options = Namespace(stage="validate", rounds=2, start_rows=512, output_dir=tmp_path)
-    monkeypatch.setattr(subset_sums, "options", options, raising=False)
-
-    def shrink(module, **values):
-        monkeypatch.setattr(module, "options", options, raising=False)
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
-        return module
-
-    return shrink
-
-
-def few(make, num_rows=16):
-    """Makes fewer rows than asked for."""
-    return lambda wanted, seed: make(min(wanted, num_rows), seed)
-
-
-def test_the_study_of_few_rows(study):
-    import few_rows
-
-    study(few_rows, NUM_ROWS=16, BATCH=8, make_rows=few(few_rows.make_rows))
-    study(few_rows, best_sft=lambda seed: few_rows.start().model.state_dict())  # which would take many passes
-    assert few_rows.is_fine("5 1 3 7 9 = 9 :", "1 3 5") and not few_rows.is_fine("5 1 3 7 9 = 9 :", "3 1 5")
-    results = {arm: few_rows.run(arm, 1e-3, seed=0) for arm in ["start", *few_rows.ARMS]}
-    start = results.pop("start")
-    assert len(results) == 5 and all(abs(row["nll"] - start["nll"]) > 1e-3 for row in results.values())
-    assert start["flops"] == 0 < results["self-play, λ = 5"]["flops"]
-
-
-def test_the_study_of_retention(study):
-    import retention
-
-    rows = {"make_rows": few(retention.make_rows), "make_new_rows": few(retention.make_new_rows, 32)}
-    study(retention, PROMPTS=16, BATCH=8, **rows)
-    for arm in retention.ARMS:
-        result = retention.run(arm, 1e-3, seed=0)
-        assert len(result["curve"]) == 3 and len({point["new nll"] for point in result["curve"]}) == 3
-    curve = [{"new": 0.0, "old": 0.9}, {"new": 0.4, "old": 0.7}, {"new": 0.8, "old": 0.3}]
-    assert retention.old_at(curve, 0.6) == pytest.approx(0.5) and retention.old_at(curve, 0.9) is None
 
 
 def test_all_blocks_are_found():
