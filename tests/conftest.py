@@ -110,6 +110,7 @@ def make_args(output_dir, config=None, **kwargs) -> SPINConfig:
         "per_device_train_batch_size": 4,
         "num_self_play_iterations": 2,
         "num_train_epochs": 1,
+        "beta": 1.0,  # with which a few steps change more
         "learning_rate": 1e-3,
         "max_completion_length": 12,
         "logging_steps": 1,

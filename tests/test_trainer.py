@@ -582,8 +582,8 @@ def test_default_arguments(model, tokenizer, dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     args = SPINConfig("x", use_cpu=True)
-    assert (args.num_train_epochs, args.beta) == (2, 1.0)
-    assert args.per_iteration("beta") == [1.0] * 3
+    assert (args.num_train_epochs, args.beta) == (2, 5.0)
+    assert args.per_iteration("beta") == [5.0] * 3
     # An adapter needs larger steps. The options stay as they are: both trainers are made from the same ones
     for peft_config, learning_rate in ((LoraConfig(), 1e-5), (None, 5e-7)):
         trainer = SPINTrainer(

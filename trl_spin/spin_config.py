@@ -116,10 +116,11 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
             Peak learning rate of an iteration. A list gives one value per iteration; its last value is used for all
             further iterations. The schedule, warm-up included, restarts at each iteration. Defaults to `5e-7`, and to
             `1e-5` where an adapter is trained, which such small steps would leave as it is.
-        beta (`list[float]`, *optional*, defaults to `[1.0]`):
+        beta (`list[float]`, *optional*, defaults to `[5.0]`):
             λ of the SPIN paper (Equation 4.7). Higher λ means a smaller step away from the opponent: trained to its
-            end, an iteration lands on the data at `1.0`, and overshoots below `0.5` (with another `temperature` T,
-            below 1/(2T)). A list gives one value per iteration; its last value is used for all further iterations.
+            end, an iteration goes a fifth of the way to the data at `5.0`, lands on it at `1.0`, and overshoots below
+            `0.5` (with another `temperature` T, below 1/(2T)). A list gives one value per iteration; its last value is
+            used for all further iterations.
         opponent_history (`int`, *optional*, defaults to `0`):
             Number h of earlier opponents whose completions stay in play. With h > 0, each prompt is paired in turn,
             from one pass to the next, with the completions of the newest opponent and of the h before it, all scored
@@ -269,7 +270,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DPOConfig`]: `learning_rate` (5e-7, or 1e-5 for an
-    > adapter, instead of 1e-6), `num_train_epochs` (2 per iteration instead of 3), `beta` (1.0 instead of 0.1), and the
+    > adapter, instead of 1e-6), `num_train_epochs` (2 per iteration instead of 3), `beta` (5.0 instead of 0.1), and the
     > last six above.
     """
 
@@ -282,7 +283,7 @@ class SPINConfig(*(engine.Options for engine in ENGINES.values()), SamplingOptio
     learning_rate: list[float] | None = None
     bf16: bool | None = None
     num_train_epochs: list[float] = field(default_factory=lambda: [2])
-    beta: list[float] = field(default_factory=lambda: [1.0])
+    beta: list[float] = field(default_factory=lambda: [5.0])
     precompute_ref_log_probs: bool = True
     gradient_checkpointing: bool | None = field(default=None, metadata={"nargs": "?", "const": True})  # as a flag, too
     hub_strategy: HubStrategy | str = "end"
