@@ -129,7 +129,7 @@ class Player:
             "per_device_eval_batch_size": 256,
             "train_sampling_strategy": "random",
         }
-        defaults |= {"max_completion_length": self.max_completion_length, "reset_optimizer_state": False}
+        defaults |= {"max_completion_length": self.max_completion_length, "reset_optimizer_state": False, "beta": 1.0}
         with tempfile.TemporaryDirectory() as directory:
             args = SPINConfig(directory, seed=seed, **(_COMMON | defaults | options))
             trainer = SPINTrainer(

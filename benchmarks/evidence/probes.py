@@ -86,7 +86,7 @@ CASES = {
     "B, no checker": sums,
     "B, verified": lambda: sums(pair_filter=subset_sums.wrong_ones),
     "C": few,
-    "A, T = 1, λ = 1": text,
+    "A, T = 1, λ = 1": lambda: text(beta=1.0),
     "A, T = 0.5, λ = 2": lambda: text(temperature=0.5, beta=2.0),
     "D, T = 0.5, λ = 2": lambda: text(temperature=0.5, beta=2.0, pair_filter=repetition.loops),
     "E": new_skill,

@@ -135,7 +135,6 @@ ARMS = {
     "DFT": partial(sft, loss_type="dft"),
     "self-play, λ = 1": partial(play, beta=1.0),
     "rejection sampling": rejection,
-    "verified self-play, 6 rounds": partial(play, pair_filter=wrong_ones, num_self_play_iterations=6),
 }
 
 
