@@ -43,6 +43,7 @@ OPTIONS = {
     "bf16": False,
     "num_self_play_iterations": 2,
     "num_train_epochs": 1,
+    "beta": 1.0,
     "per_device_train_batch_size": 4,
     "max_completion_length": 8,
     "save_strategy": "no",
