@@ -49,7 +49,7 @@ def test_all_arms_get_the_same_compute(study, monkeypatch, tmp_path):
 
     arms = ["more SFT", "rejection sampling", "self-play", "verified self-play"]
     study(subset_sums, PROMPTS=64, BATCH=32, quiet=lambda: None)
-    vars(subset_sums.options).update(arms=arms, rates=[1e-3], num_held_out=16, num_seeds=1)
+    vars(subset_sums.options).update(arms=arms, rates=[1e-3], num_held_out=16)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     subset_sums.main()
     results = {row["arm"]: row for row in common.read("subset_sums_validate")}
@@ -92,7 +92,7 @@ def test_retention(study):
     assert retention.old_at(curve, 0.6) == pytest.approx(0.5) and retention.old_at(curve, 0.9) is None
 
 
-def test_what_the_paper_says(study, monkeypatch):
+def test_what_the_paper_says(study):
     import paper
 
     study(paper, NUM_ROWS=32, NUM_HELD_OUT=16)

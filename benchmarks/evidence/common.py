@@ -74,13 +74,13 @@ class Player:
         tokens = sum(self._lengths(rows["prompt"][:])) + sum(self._lengths(rows["completion"][:])) + len(rows)
         return self.training_flops * self.size * tokens
 
-    def game_flops(self, num_pairs: int, prompt: float, completion: float) -> float:
+    def game_flops(self, num_pairs: int, prompt: float, completion: float, passes: int = 1) -> float:
         """
-        Of one pass of plain self-play over pairs with a prompt and two completions of these lengths: 2(P + G) for
-        generation, and 8(P + R + G) for scoring and training, where a row of SFT counts 6(P + R).
+        Of plain self-play over pairs with a prompt and two completions of these lengths: 2(P + G) for generation,
+        2(P + R + G) for scoring and 6(P + R + G) for each pass of training, where a row of SFT counts 6(P + R).
         """
         generation, pair = 2 * (prompt + completion), prompt + 2 * completion
-        return self.size * num_pairs * (generation + (2 + self.training_flops) * pair)
+        return self.size * num_pairs * (generation + (2 + passes * self.training_flops) * pair)
 
     def sft(
         self,
@@ -182,6 +182,21 @@ class Player:
 
     def texts(self, completions: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+
+    def right(
+        self,
+        rows: Dataset,
+        is_right: Callable[[str, str], bool],
+        temperatures: tuple[float, ...],
+        seed: int,
+        **options,
+    ) -> dict[str, float]:
+        """Share of right completions at each temperature."""
+        prompts, result = rows["prompt"][:], {}
+        for temperature in temperatures:
+            texts = self.texts(self.complete(prompts, temperature, seed, **options))
+            result[f"right at {temperature:g}"] = sum(map(is_right, prompts, texts)) / len(prompts)
+        return result
 
     @torch.no_grad()
     def nll(self, rows: Dataset, batch_size: int = 256) -> float:

@@ -59,11 +59,7 @@ def wrong_ones(prompts: list[str], completions: list[str], real: list[str]) -> l
 
 
 def measure(player: Player, rows: Dataset, seed: int) -> dict[str, float]:
-    prompts, result = rows["prompt"][:], {"nll": player.nll(rows), "flops": player.flops}
-    for temperature in TEMPERATURES:
-        texts = player.texts(player.complete(prompts, temperature, seed))
-        result[f"right at {temperature:g}"] = sum(map(is_fine, prompts, texts)) / len(prompts)
-    return result
+    return {"nll": player.nll(rows), "flops": player.flops} | player.right(rows, is_fine, TEMPERATURES, seed)
 
 
 @cache

@@ -77,11 +77,7 @@ def new_player(seed: int) -> Player:
 
 
 def measure(player: Player, rows: Dataset, seed: int) -> dict[str, float]:
-    prompts, result = rows["prompt"][:], {"nll": player.nll(rows)}
-    for temperature in TEMPERATURES:
-        texts = player.texts(player.complete(prompts, temperature, seed))
-        result[f"right at {temperature:g}"] = sum(map(is_valid, prompts, texts)) / len(prompts)
-    return result
+    return {"nll": player.nll(rows)} | player.right(rows, is_valid, TEMPERATURES, seed)
 
 
 def run(arm: str, rate: float, seed: int) -> dict[str, Any]:
@@ -91,9 +87,8 @@ def run(arm: str, rate: float, seed: int) -> dict[str, Any]:
     curve = [measure(player, held_out, seed)]
     set_seed(seed)
     if arm == "more SFT":  # as many FLOPs as four iterations of two passes
-        pair = player.game_flops(1, NUM_LETTERS + 1, NUM_LETTERS + 1)
-        training = 6 * player.size * 3 * (NUM_LETTERS + 1)  # of a pair, which `game_flops` has once
-        player.sft(rows, rate, seed, flops=4 * len(rows) * (pair + training), **SCHEDULE)
+        flops = player.game_flops(4 * len(rows), NUM_LETTERS + 1, NUM_LETTERS + 1, passes=2)
+        player.sft(rows, rate, seed, flops, **SCHEDULE)
         curve.append(measure(player, held_out, seed))
     else:
         player.play(

@@ -27,7 +27,7 @@ import argparse
 import json
 import random
 import re
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ NUM_ROWS, NUM_HELD_OUT, NUM_TEST, BATCH, MAX_COMPLETION_LENGTH = 256, 100, 400, 
 GAME = {"num_self_play_iterations": 2, "beta": 5.0, "per_device_train_batch_size": BATCH}
 
 
+@cache
 def make_rows() -> dict[str, Dataset]:
     """Sentences of 6 to 16 words, each once, and two of their longer words."""
     draw, rows = random.Random(0), {}
@@ -95,11 +96,8 @@ def start() -> Path:
 
 def measure(player: Player) -> dict[str, float]:
     rows = make_rows()["test"]
-    prompts, result = rows["prompt"][:], {"nll": player.nll(rows, batch_size=25), "flops": player.flops}
-    for temperature in (0.0, 1.0):
-        texts = player.texts(player.complete(prompts, temperature, 0, batch_size=200))
-        result[f"right at {temperature:g}"] = sum(map(is_right, prompts, texts)) / len(prompts)
-    return result
+    shares = player.right(rows, is_right, (0.0, 1.0), seed=0, batch_size=200)
+    return {"nll": player.nll(rows, batch_size=25), "flops": player.flops} | shares
 
 
 def sft(player: Player, rate: float, seed: int, **more: Any):

@@ -77,11 +77,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def measure(player: Player, rows: Dataset, seed: int, num_samples: int = 8) -> dict[str, float]:
-    prompts, result = rows["prompt"][:], {"nll": player.nll(rows), "flops": player.flops}
-    for temperature in TEMPERATURES:
-        texts = player.texts(player.complete(prompts, temperature, seed))
-        result[f"right at {temperature:g}"] = sum(map(is_right, prompts, texts)) / len(prompts)
-    some = prompts[:500]
+    result = {"nll": player.nll(rows), "flops": player.flops} | player.right(rows, is_right, TEMPERATURES, seed)
+    some = rows["prompt"][:500]
     samples = [player.texts(player.complete(some, 1.0, seed + 1 + i)) for i in range(num_samples)]
     right = [[text for text in texts if is_right(prompt, text)] for prompt, *texts in zip(some, *samples, strict=True)]
     result[f"right once in {num_samples}"] = sum(map(bool, right)) / len(some)
